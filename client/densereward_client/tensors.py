@@ -1,0 +1,79 @@
+"""From the lists of an answer to the padded rectangle a trainer computes on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .wire import SampleTokenRewards, TokenRewardsResponse
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Padded", "to_padded"]
+
+
+class Padded(NamedTuple):
+    """Token rewards of a batch. Unpacks: `rewards, mask = to_padded(answer, "red")`.
+
+    Attributes:
+        rewards: float32[B, T]; 0 where a row has no token.
+        mask: bool[B, T]; True where a row has a token, those that `response_mask` left out included.
+    """
+
+    rewards: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+
+    def to_torch(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards (torch.float32) and mask (torch.bool), both [B, T]; on the CPU they share this object's memory."""
+        import torch
+
+        return torch.from_numpy(self.rewards).to(device), torch.from_numpy(self.mask).to(device)
+
+
+def to_padded(
+    answer: TokenRewardsResponse,
+    method: str,
+    *,
+    length: int | None = None,
+    padding_side: Literal["right", "left"] = "right",
+) -> Padded:
+    """Token rewards of one method, one row a sample, in the order of the request.
+
+    Args:
+        answer: What `Client.token_rewards` returned.
+        method: The method's name, or the label it was asked for with.
+        length: T, the columns; by default the longest row's.
+        padding_side: Where the filling goes: "right" starts every row in column 0, "left" ends it in column T - 1.
+
+    Raises:
+        ValueError: A sample was not served, has no rewards of this method, or has more tokens than `length`.
+    """
+    if padding_side not in ("right", "left"):
+        raise ValueError(f"padding_side is 'right' or 'left', not {padding_side!r}")
+    rows = [_row(item, method) for item in answer.data]
+    longest = max(map(len, rows), default=0)
+    columns = longest if length is None else length
+    if longest > columns:
+        index = next(index for index, row in enumerate(rows) if len(row) == longest)
+        raise ValueError(f"sample {index} has {longest} tokens, more than length={columns}; nothing is cut in silence")
+    rewards = np.zeros((len(rows), columns), dtype=np.float32)
+    mask = np.zeros((len(rows), columns), dtype=np.bool_)
+    for index, row in enumerate(rows):
+        filled = slice(0, len(row)) if padding_side == "right" else slice(columns - len(row), columns)
+        rewards[index, filled] = row
+        mask[index, filled] = True
+    return Padded(rewards, mask)
+
+
+def _row(item: SampleTokenRewards, method: str) -> NDArray[np.float32]:
+    if item.error is not None:
+        raise ValueError(
+            f"sample {item.index} (id {item.id!r}) was not served: {item.error.code}: {item.error.message}"
+        )
+    if method not in item.token_rewards:
+        there = ", ".join(sorted(item.token_rewards)) or "none"
+        raise ValueError(f"sample {item.index} has no token rewards of {method!r}; there are: {there}")
+    return item.token_rewards[method]

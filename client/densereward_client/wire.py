@@ -1,0 +1,284 @@
+"""The request and the answer, defined once: the service imports this module, so the two cannot drift apart.
+
+Requests refuse unknown keys (a misspelt field must not be ignored in silence); answers accept them, so that an
+older client can read a newer server. Token rewards arrive as numpy float32 arrays, whichever encoding was asked for.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PlainSerializer,
+    StrictInt,
+    WithJsonSchema,
+    model_validator,
+)
+
+__all__ = [
+    "Error",
+    "ErrorBody",
+    "FloatArray",
+    "Include",
+    "Message",
+    "MethodAvailability",
+    "MethodRequest",
+    "ModelCard",
+    "ModelList",
+    "RewardsRequest",
+    "RewardsResponse",
+    "Sample",
+    "SampleReward",
+    "SampleTokenRewards",
+    "Timing",
+    "TokenRewardsRequest",
+    "TokenRewardsResponse",
+    "Usage",
+    "encode_base64",
+]
+
+Include = Literal["tokens", "spans", "prefix_scores", "attention", "segments"]
+
+
+def encode_base64(array: NDArray[np.float32]) -> str:
+    """Little-endian float32 bytes in base64, the convention of the embeddings APIs."""
+    return base64.b64encode(array.astype("<f4").tobytes()).decode("ascii")
+
+
+def _decode_floats(value: str | Iterable[float] | NDArray[np.float32]) -> NDArray[np.float32]:
+    if not isinstance(value, str):
+        return np.asarray(value, dtype=np.float32)
+    try:
+        return np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4").astype(np.float32)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError("not base64 of little-endian float32 values") from error
+
+
+FloatArray = Annotated[
+    NDArray[np.float32],
+    BeforeValidator(_decode_floats),
+    PlainSerializer(lambda array: array.tolist(), return_type=list[float]),
+    WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string"}]}),
+]
+"""float32[T]; on the wire a list of numbers, or base64 of little-endian float32 values."""
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)
+
+
+class Message(BaseModel):
+    """One turn of a dialogue; further keys reach the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str
+
+
+class Sample(_Request):
+    """One prompt and one response. Exactly one way of giving each."""
+
+    id: str | None = Field(None, description="Echoed in the answer.")
+    prompt: str | None = Field(None, description="Prompt text as it stands; template tokens in it are recognised.")
+    messages: list[Message] | None = Field(None, description="Dialogue, rendered with the model's chat template.")
+    prompt_token_ids: list[StrictInt] | None = Field(None, description="The prompt in the reward model's own tokens.")
+    response: str | None = Field(None, description="Response text.")
+    response_token_ids: list[StrictInt] | None = Field(
+        None, description="The response in the reward model's own tokens."
+    )
+    response_spans: list[tuple[NonNegativeInt, NonNegativeInt]] | None = Field(
+        None,
+        description="[start, end) of the policy's tokens in `response`, in UTF-8 bytes; rewards come back on them.",
+    )
+    response_mask: list[Literal[0, 1]] | None = Field(
+        None, description="0 gets reward 0; its share moves to the next kept token, or the last kept one."
+    )
+    finished: bool = Field(True, description="False: cut by length, so no closing tokens are scored.")
+    weights: list[FiniteFloat] | None = Field(None, description="One per token, for the method `weights`.")
+    token_entropies: list[FiniteFloat] | None = Field(None, description="The policy's entropies, one per token (nats).")
+
+    @model_validator(mode="after")
+    def _one_prompt_and_one_response(self) -> Self:
+        prompts = ("prompt", "messages", "prompt_token_ids")
+        responses = ("response", "response_token_ids")
+        for names in (prompts, responses):
+            given = [name for name in names if getattr(self, name) is not None]
+            if len(given) != 1:
+                raise ValueError(f"give exactly one of {', '.join(names)}; got {', '.join(given) or 'none'}")
+        if self.response_spans is not None and self.response is None:
+            raise ValueError("response_spans are byte spans of `response`: give the response as text")
+        return self
+
+
+class MethodRequest(BaseModel):
+    """A method by name, with its own parameters beside it: `{"name": "abc", "beta": 0.8}`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    label: str | None = Field(None, description="Key of its rewards in the answer; needed to ask for one method twice.")
+
+    @property
+    def key(self) -> str:
+        """The key of this method's rewards in the answer."""
+        return self.label or self.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The method's own parameters, as given."""
+        return dict(self.model_extra or {})
+
+
+class RewardsRequest(_Request):
+    """Body of POST /rewards: one number a sample."""
+
+    model: str | None = Field(None, description="One of GET /v1/models; the server's first model by default.")
+    samples: list[Sample] = Field(min_length=1)
+    on_error: Literal["request", "item"] = Field(
+        "request", description="item: a bad sample becomes an error item and the rest are served."
+    )
+
+
+class TokenRewardsRequest(RewardsRequest):
+    """Body of POST /token_rewards."""
+
+    methods: list[str | MethodRequest] | None = Field(
+        None, min_length=1, description='Default ["red"] where the model can serve it, else ["abc"].'
+    )
+    include: list[Include] = Field(default_factory=list)
+    encoding_format: Literal["float", "base64"] = "float"
+
+    def method_requests(self, default: str) -> list[MethodRequest]:
+        """The methods asked for, plain names expanded."""
+        asked = self.methods if self.methods is not None else [default]
+        return [MethodRequest(name=each, label=None) if isinstance(each, str) else each for each in asked]
+
+
+class Error(_Answer):
+    """What went wrong and what to do next."""
+
+    code: str
+    message: str
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class ErrorBody(_Answer):
+    """The body of every answer that is not a success."""
+
+    error: Error
+
+
+class _Item(_Answer):
+    index: int
+    id: str | None = None
+    error: Error | None = Field(None, description="Only with on_error=item: this sample was not served.")
+    warnings: list[str] = Field(default_factory=list, description="`code: message` each.")
+
+
+class SampleReward(_Item):
+    """One sample of POST /rewards."""
+
+    reward: FiniteFloat | None = None
+
+
+class SampleTokenRewards(SampleReward):
+    """One sample of POST /token_rewards: sum(token_rewards[m]) + baseline[m] == reward."""
+
+    token_rewards: dict[str, FloatArray] = Field(default_factory=dict)
+    baseline: dict[str, FiniteFloat] = Field(default_factory=dict, description="What the sum leaves out, per method.")
+    attention_mass: dict[str, FiniteFloat] | None = Field(
+        None, description="Per attention method: the share of the scoring token's row that fell on the response."
+    )
+    tokens: list[str] | None = Field(None, description="The reward model's tokens of the response.")
+    spans: list[tuple[int, int]] | None = Field(None, description="Their [start, end) in UTF-8 bytes of the response.")
+    prefix_scores: FloatArray | None = Field(None, description="s_1..s_T: the score read after each response token.")
+    prompt_score: FiniteFloat | None = Field(None, description="s_0: the score read before the response.")
+    attention: FloatArray | None = Field(None, description="Last layer's row on the response, before renormalising.")
+
+
+class Usage(_Answer):
+    """Tokens. forward_tokens is what the model ran on, closing tokens included."""
+
+    prompt_tokens: int
+    response_tokens: int
+    forward_tokens: int
+
+
+class Timing(_Answer):
+    """Milliseconds on the server: waiting, in the model, and from the request read to the answer built."""
+
+    queue_ms: float
+    forward_ms: float
+    total_ms: float
+
+
+class _Envelope(_Answer):
+    id: str
+    model: str
+    fingerprint: str = Field(description="Changes when the weights, the tokenizer, the template or the dtype do.")
+    created: int = Field(description="Unix seconds.")
+    usage: Usage
+    timing: Timing
+
+
+class RewardsResponse(_Envelope):
+    """Answer of POST /rewards."""
+
+    object: Literal["rewards"] = "rewards"
+    data: list[SampleReward]
+
+
+class TokenRewardsResponse(_Envelope):
+    """Answer of POST /token_rewards."""
+
+    object: Literal["token_rewards"] = "token_rewards"
+    data: list[SampleTokenRewards]
+
+
+class MethodAvailability(_Answer):
+    """Whether a model can serve a method, at what cost, or why not."""
+
+    available: bool
+    passes: int | None = None
+    reason: str | None = None
+
+
+class ModelCard(_Answer):
+    """One loaded model: what it is, how it reads text, what it can serve."""
+
+    id: str
+    object: Literal["model"] = "model"
+    family: str
+    head: str
+    engine: str
+    dtype: str
+    max_length: int
+    closing_token_ids: list[int]
+    adds_bos: bool
+    prefix_modes: list[str]
+    tokenizer_fingerprint: str
+    template_fingerprint: str | None
+    methods: dict[str, MethodAvailability]
+
+
+class ModelList(_Answer):
+    """Answer of GET /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]

@@ -1,0 +1,228 @@
+"""From a sample as a trainer sends it to ids, the response's place in them, the closing tokens and the slots.
+
+Which position is scored comes from lengths held here, never from searching a pad or end token in the ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from densereward.capture import ScoringInput, Span
+from densereward.chat import ChatTemplate
+from densereward.errors import InvalidRequest, TooLong
+from densereward.methods.base import TrainerTokens
+from densereward.slots import Slots
+from densereward.tokens import Vocabulary
+from densereward_client.wire import Sample
+
+__all__ = ["Aligned", "Aligner"]
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """One sample, ready for the engine.
+
+    Attributes:
+        sequence: what the engine scores; `needs` are filled by the pipeline.
+        slots: where the rewards go.
+        trainer_tokens: what the sample says of the trainer's tokens.
+        spans: [start, end) of the reward model's tokens in the response's bytes; None where they cannot be known.
+        warnings: `code: message` each.
+    """
+
+    sequence: ScoringInput
+    slots: Slots
+    trainer_tokens: TrainerTokens
+    spans: list[Span] | None
+    warnings: list[str]
+
+
+@dataclass(slots=True)
+class _Text:
+    """Ids of the two parts, and what was noticed on the way."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    spans: list[Span] | None
+    warnings: list[str] = field(default_factory=list)
+
+
+class Aligner:
+    """Reads samples for one model.
+
+    Args:
+        tokenizer: the model's transformers tokenizer.
+        max_length: tokens in the longest sequence the model reads.
+        vocabulary_size: token ids are below it.
+
+    Raises:
+        ModelError: the tokenizer or its template cannot be used.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, vocabulary_size: int) -> None:
+        self.vocabulary = Vocabulary(tokenizer)
+        self.template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self.max_length = max_length
+        self._vocabulary_size = vocabulary_size
+        if self.template is None:
+            self.closing_ids = self.vocabulary.suffix_ids
+        else:
+            self.closing_ids = self.vocabulary.encode(self.template.closing).ids
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether prompts given as text get a BOS they do not begin with."""
+        return bool(self.vocabulary.prefix_ids)
+
+    def align(self, sample: Sample) -> Aligned:
+        """Read one sample.
+
+        Raises:
+            InvalidRequest: a field, a length or an id that cannot be served.
+            TooLong: more tokens than the model reads.
+        """
+        text = self._tokenize(sample)
+        closing = self._missing_closing(text.response_ids) if sample.finished else []
+        token_ids = [*text.prompt_ids, *text.response_ids, *closing]
+        self._check_ids(token_ids)
+        sequence = ScoringInput(
+            token_ids=token_ids,
+            prompt_length=len(text.prompt_ids),
+            response_length=len(text.response_ids),
+            scored_position=len(token_ids) - 1,
+        )
+        slots = _slots(sample, len(text.response_ids))
+        weights = None if sample.weights is None else np.asarray(sample.weights, dtype=np.float64)
+        return Aligned(sequence, slots, TrainerTokens(slots.count, weights), text.spans, text.warnings)
+
+    def _tokenize(self, sample: Sample) -> _Text:
+        if sample.prompt_token_ids is not None:
+            prompt_text, prompt_ids = None, list(sample.prompt_token_ids)
+        else:
+            prompt_text = self._prompt_text(sample)
+            prompt_ids = self._with_bos(sample, self.vocabulary.encode(prompt_text).ids)
+        if sample.response_token_ids is not None:
+            response_ids = list(sample.response_token_ids)
+            text = _Text(prompt_ids, response_ids, self.vocabulary.spans_of_ids(response_ids))
+        elif prompt_text is None:
+            text = self._apart(prompt_ids, sample.response or "")
+        else:
+            text = self._together(sample, prompt_text, prompt_ids, sample.response or "")
+        text.warnings.extend(self._notices(sample, text))
+        return text
+
+    def _prompt_text(self, sample: Sample) -> str:
+        if sample.messages is None:
+            return sample.prompt or ""
+        if self.template is None:
+            raise InvalidRequest(
+                "this model has no chat template: give `prompt` or `prompt_token_ids`",
+                code="no_chat_template",
+                field="messages",
+            )
+        return self.template.prompt([message.model_dump() for message in sample.messages])
+
+    def _with_bos(self, sample: Sample, ids: list[int]) -> list[int]:
+        """BOS where the tokenizer adds one and the text lacks it; a template has written its own or wants none."""
+        prefix = self.vocabulary.prefix_ids
+        return ids if sample.messages is not None or ids[: len(prefix)] == prefix else [*prefix, *ids]
+
+    def _apart(self, prompt_ids: list[int], response: str) -> _Text:
+        encoding = self.vocabulary.encode(response)
+        return _Text(prompt_ids, encoding.ids, self.vocabulary.spans_in_text(response, encoding))
+
+    def _together(self, sample: Sample, prompt: str, prompt_ids: list[int], response: str) -> _Text:
+        """Prompt and response read as one text, as the model was trained, and cut where the response begins."""
+        encoding = self.vocabulary.encode(prompt + response)
+        spans = self.vocabulary.spans_in_text(prompt + response, encoding)
+        boundary = len(prompt.encode())
+        cut = next((i for i, (_, stop) in enumerate(spans) if stop > boundary), len(spans))
+        if cut < len(spans) and spans[cut][0] < boundary:
+            text = self._apart(prompt_ids, response)
+            text.warnings.append(
+                "split_boundary: read as one text, a token would hold the prompt's end and the response's beginning; "
+                "the two were tokenised apart"
+            )
+            return text
+        shifted = [(start - boundary, stop - boundary) for start, stop in spans[cut:]]
+        return _Text(self._with_bos(sample, encoding.ids[:cut]), encoding.ids[cut:], shifted)
+
+    def _notices(self, sample: Sample, text: _Text) -> list[str]:
+        notices = []
+        bos = self.vocabulary.bos_id
+        if bos is not None and text.prompt_ids[:2] == [bos, bos]:
+            notices.append("doubled_bos: the prompt begins with two BOS tokens; it was scored as it stands")
+        response = sample.response
+        template = None if sample.messages is None else self.template
+        if response and response != response.strip() and template is not None and template.strips:
+            notices.append(
+                "unstripped_response: the model's template strips white space around an answer; the response was "
+                "scored as it stands"
+            )
+        return notices
+
+    def _missing_closing(self, response_ids: Sequence[int]) -> list[int]:
+        """The closing tokens that the response does not already end with."""
+        for written in range(min(len(self.closing_ids), len(response_ids)), 0, -1):
+            if list(response_ids[-written:]) == self.closing_ids[:written]:
+                return self.closing_ids[written:]
+        return self.closing_ids
+
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise InvalidRequest("prompt and response hold no token, so there is nothing to score", code="empty_sample")
+        if len(token_ids) > self.max_length:
+            raise TooLong(
+                f"{len(token_ids)} tokens with the closing ones, and the model reads {self.max_length}; shorten the "
+                "prompt or the response (nothing is truncated here)",
+                tokens=len(token_ids),
+                limit=self.max_length,
+            )
+        lowest, highest = min(token_ids), max(token_ids)
+        if lowest < 0 or highest >= self._vocabulary_size:
+            raise InvalidRequest(
+                f"token id {lowest if lowest < 0 else highest} is not in the model's vocabulary of "
+                f"{self._vocabulary_size}; are these another model's tokens?",
+                code="id_out_of_vocabulary",
+                limit=self._vocabulary_size,
+            )
+
+
+def _slots(sample: Sample, response_length: int) -> Slots:
+    """Where the rewards go, once every list that names slots has been found to have their number."""
+    spans = sample.response_spans
+    if spans is not None:
+        _check_spans(spans, len((sample.response or "").encode()))
+    count = response_length if spans is None else len(spans)
+    for name in ("response_mask", "weights", "token_entropies"):
+        values = getattr(sample, name)
+        if values is not None and len(values) != count:
+            unit = "the response's tokens" if spans is None else "response_spans"
+            raise InvalidRequest(
+                f"{name} has {len(values)} entries for {count} {unit}",
+                code="length_mismatch",
+                field=name,
+                given=len(values),
+                expected=count,
+            )
+    kept = None if sample.response_mask is None else [i for i, keep in enumerate(sample.response_mask) if keep]
+    return Slots(count, spans, kept)
+
+
+def _check_spans(spans: Sequence[Span], size: int) -> None:
+    if not spans:
+        raise InvalidRequest("response_spans is empty", code="invalid_spans", field="response_spans")
+    reached = 0
+    for i, (start, stop) in enumerate(spans):
+        if not reached <= start <= stop <= size:
+            raise InvalidRequest(
+                f"response_spans[{i}] = [{start}, {stop}] must lie in order, without overlap, within the response's "
+                f"{size} UTF-8 bytes",
+                code="invalid_spans",
+                field="response_spans",
+            )
+        reached = stop

@@ -1,0 +1,54 @@
+"""The command line: `densereward serve | score | demo`. Every flag is a field of the command's settings class."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "serve": ("densereward.commands.serve:Serve", "answer trainers over HTTP"),
+    "score": ("densereward.commands.score:Score", "score a file of samples without a server"),
+    "demo": ("densereward.commands.demo:Demo", "start a server, call it, show tokens coloured by reward"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; exits with 2 on wrong usage and 1 on failure."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given or given[0] not in _COMMANDS:
+        print(_usage())  # noqa: T201
+        sys.exit(0 if given and given[0] in ("-h", "--help") else 2)
+    _run(given[0], given[1:])
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    try:
+        from pydantic import ValidationError
+        from pydantic_settings import CliApp, SettingsError
+
+        command = _load(_COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        sys.exit(f"densereward {name} needs {error.name}: pip install 'densereward[service]'")
+    from densereward.errors import DenseRewardError
+
+    try:
+        CliApp.run(command, cli_args=arguments)
+    except (ValidationError, SettingsError) as error:
+        sys.exit(f"densereward {name}: {error}\nSee densereward {name} --help")
+    except DenseRewardError as error:
+        sys.exit(f"densereward {name}: {error.message}")
+
+
+def _load(path: str) -> Any:
+    module, attribute = path.split(":")
+    return getattr(import_module(module), attribute)
+
+
+def _usage() -> str:
+    rows = [f"  {name:<8}{text}" for name, (_, text) in _COMMANDS.items()]
+    return "\n".join(
+        ["usage: densereward COMMAND [FLAGS]", "", *rows, "", "densereward COMMAND --help lists its flags."]
+    )

@@ -1,0 +1,69 @@
+"""`densereward score FILE.jsonl -o OUT`: the server's answers for a file of samples, without a server.
+
+Every line of the file is a sample of POST /token_rewards. The output has a line (a row, if its name ends in
+.parquet) per sample, in order. Stopped half-way, the same command goes on where it stopped; with another model or
+other methods it refuses to mix the two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from pydantic import AliasChoices, Field
+from pydantic_settings import CliPositionalArg
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from densereward.commands import FLAGS
+from densereward.offline import ScoredLines, count_samples, read_samples, write_parquet
+from densereward.service import Service
+from densereward.settings import ModelSettings
+from densereward_client.wire import MethodRequest, TokenRewardsRequest
+
+__all__ = ["Score"]
+
+
+class Score(ModelSettings, cli_prog_name="densereward score", **FLAGS):
+    """Score a file of samples without a server. Run again, it goes on where it stopped."""
+
+    file: CliPositionalArg[Path] = Field(description="JSON lines, a sample each, as in POST /token_rewards.")
+    output: Path = Field(
+        validation_alias=AliasChoices("o", "output"), description="OUT.jsonl or OUT.parquet: a sample each, in order."
+    )
+    methods: list[str] | None = Field(None, description="Methods by name; may be repeated.")
+
+    def cli_cmd(self) -> None:
+        """Score; exits with 1 if a sample could not be scored, whose line then says why."""
+        if failed := asyncio.run(self._score()):
+            sys.exit(f"{failed} samples could not be scored; `error` in {self.output} says why")
+
+    async def _score(self) -> int:
+        service = Service(self.model_copy(update={"max_queue_tokens": sys.maxsize}))
+        await service.start()
+        try:
+            return await self._score_with(service)
+        finally:
+            await service.stop()
+
+    async def _score_with(self, service: Service) -> int:
+        pipeline = service.pipeline
+        parquet = self.output.suffix == ".parquet"
+        path = self.output.with_name(self.output.name + ".lines") if parquet else self.output
+        methods = None if self.methods is None else list[str | MethodRequest](self.methods)
+        envelope = TokenRewardsRequest.model_construct(methods=methods, on_error="item", samples=[])
+        with ScoredLines(path, pipeline.fingerprint, self.methods) as lines, _progress() as progress:
+            task = progress.add_task("scoring", total=count_samples(self.file), completed=lines.count)
+            for samples in read_samples(self.file, skip=lines.count):
+                answer = await pipeline.token_rewards(envelope, samples)
+                lines.append(answer["data"])
+                progress.update(task, completed=lines.count)
+        if parquet:
+            write_parquet(path, self.output)
+            path.unlink()
+        return lines.errors
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns)

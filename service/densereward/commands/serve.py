@@ -1,0 +1,60 @@
+"""`densereward serve`: the HTTP server. SIGTERM finishes the requests under way and exits with 0."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from densereward.app import create_app
+from densereward.commands import FLAGS
+from densereward.settings import ServerSettings
+
+__all__ = ["Serve", "make_server"]
+
+
+class Serve(ServerSettings, cli_prog_name="densereward serve", **FLAGS):
+    """Answer trainers over HTTP. Flags win over DENSEREWARD_* in the environment."""
+
+    def cli_cmd(self) -> None:
+        """Serve until a signal; exits with 1 if the model cannot be served."""
+        logging.basicConfig(level=self.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        server = make_server(self)
+        server.run()
+        if server.failed:
+            sys.exit(1)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, which refuses new requests from the first signal on and exits with 0 once it has drained."""
+
+    application: FastAPI
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.application.state.service.drain()
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    @property
+    def failed(self) -> bool:
+        """Whether the model could not be served."""
+        return self.application.state.service.failure is not None
+
+
+def make_server(settings: ServerSettings) -> _Server:
+    """A uvicorn server around the application; `run()` blocks."""
+    app = create_app(settings, on_failure=lambda: setattr(server, "should_exit", True))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        timeout_graceful_shutdown=int(settings.drain_timeout) or 1,
+    )
+    server = _Server(config)
+    server.application = app
+    return server

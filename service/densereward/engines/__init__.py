@@ -1,0 +1,7 @@
+"""Engines by name. An engine turns sequences into what one forward pass holds; see `base.Engine`."""
+
+from __future__ import annotations
+
+from densereward.registry import Table
+
+ENGINES = Table("engine", {"torch": "densereward.engines.torch.engine:TorchEngine"})

@@ -1,0 +1,62 @@
+"""The whole contract of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from densereward.capture import Captured, Need, ScoringInput
+
+__all__ = ["Engine", "EngineFacts"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What an engine says of the model it holds.
+
+    Attributes:
+        engine: the engine's name.
+        family: the model's architecture.
+        head: the score head's name.
+        device: where it runs.
+        dtype: of the weights; the score head is float32.
+        max_length: tokens in the longest sequence it reads, closing tokens included.
+        vocabulary_size: token ids are below it.
+        layers: attention layers, counted from 0.
+        weights_fingerprint: changes when a weight does.
+    """
+
+    engine: str
+    family: str
+    head: str
+    device: str
+    dtype: str
+    max_length: int
+    vocabulary_size: int
+    layers: int
+    weights_fingerprint: str
+
+
+class Engine(Protocol):
+    """Runs the reward model.
+
+    Called from one thread at a time. `forward` keeps the order of its batch, and what it gives for a sequence does
+    not depend on the rest of the batch beyond rounding.
+    """
+
+    facts: EngineFacts
+
+    @property
+    def provides(self) -> frozenset[Need]:
+        """All that `forward` can keep for a sequence beside its score."""
+
+    def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+        """Score a batch; each sequence gets what its own `needs` name.
+
+        Raises:
+            EngineFailure: the pass failed.
+        """
+
+    def close(self) -> None:
+        """Free the device."""

@@ -1,0 +1,100 @@
+"""Load a sequence classifier so that nothing about it is guessed: every weight from the file, one label, one device."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from densereward.engines.torch import attention
+from densereward.errors import ModelError
+
+__all__ = ["choose_device", "choose_dtype", "load_classifier", "max_length", "weights_fingerprint"]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# Their rotary factors change with the longest sequence in the batch, so only the range before that is served.
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def choose_device(device: str) -> torch.device:
+    """The device to run on; "auto" is the first GPU, or the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the weights; "auto" is bfloat16 on a GPU and float32 on the CPU."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def load_classifier(source: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A `*ForSequenceClassification` model from a folder or a hub id, ready for packed batches.
+
+    Raises:
+        ModelError: no such model, another kind of model, or weights that its files do not hold.
+    """
+    attention.register()
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        if config.num_labels != 1:
+            raise ModelError(f"{source} has num_labels = {config.num_labels}; a reward model has 1")
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            revision=revision,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention.IMPLEMENTATION,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {source}: {error}") from error
+    _refuse_incomplete(source, report)
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def _refuse_incomplete(source: str, report: dict[str, Any]) -> None:
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if found := sorted(str(each) for each in report.get(problem) or ()):
+            shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+            raise ModelError(
+                f"{source}: {len(found)} {problem.replace('_', ' ')} while loading ({shown}); such weights would be "
+                "random and so would the rewards",
+                keys=found,
+            )
+
+
+def max_length(config: PretrainedConfig) -> int:
+    """Tokens the model reads, as its config gives them.
+
+    Raises:
+        ModelError: the config does not say.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        raise ModelError(f"{config.model_type}: the config names no max_position_embeddings; set --max-length")
+    rope = getattr(text, "rope_parameters", None) or {}
+    per_layer_type = [each for each in rope.values() if isinstance(each, dict)] or [rope]
+    for parameters in per_layer_type:
+        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            limit = min(limit, parameters.get("original_max_position_embeddings", limit))
+    return limit
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """A hash over every parameter: its name, shape, dtype, and sums that change when a value changes or moves."""
+    digest = hashlib.sha256()
+    with torch.inference_mode():
+        for name, tensor in model.state_dict().items():
+            flat = tensor.detach().flatten()[: 2**24].float()
+            ramp = torch.arange(len(flat), device=flat.device) % 8191 + 1
+            sums = torch.stack([flat.sum(), (flat * ramp).sum()]).cpu().numpy().tobytes()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sums)
+    return digest.hexdigest()

@@ -1,0 +1,63 @@
+"""`red`: Reward rEDistribution. Li et al., EMNLP 2025, arXiv 2411.08302 (first version: R3HF).
+
+    d_t = s_t - s_(t-1)                                (Eq. 6)
+    r_t = beta * d_t + (1 - beta) * R * [t = T]        (Eq. 7; the second part is common to all methods)
+
+s_t is the score of the prefix of t response tokens, s_0 the score before the response. Where closing tokens follow
+the response, the last token takes the step up to the score at the closing token, so the steps telescope to R - s_0:
+potential-based shaping with gamma = 1 and potential s, which leaves the optimal policy unchanged.
+
+The paper is not of one mind about s_0, so `first_token` says what becomes of it:
+
+    subtract   Eq. 6 as it stands: the sum is R - s_0 and `baseline` is s_0
+    zero       Fig. 4: the first token gets 0; `baseline` is s_1
+    fold       the first token gets s_1: the sum is R
+
+Table 7 has beta = 1 everywhere but LLaMA3 on TL;DR (0.5).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from densereward.capture import Captured, Need, PrefixScores
+from densereward.methods.base import Credit, Method, Params, TrainerTokens
+
+__all__ = ["Red", "RedParams"]
+
+
+class RedParams(Params):
+    """Parameters of `red`.
+
+    Attributes:
+        first_token: what becomes of the score before the response.
+        prefix_mode: "open" reads the head at each response token as it stands.
+    """
+
+    first_token: Literal["subtract", "zero", "fold"] = "subtract"
+    prefix_mode: Literal["open"] = "open"
+
+
+class Red(Method[RedParams]):
+    """Differences of prefix scores, from one forward pass."""
+
+    params_type = RedParams
+
+    def needs(self, params: RedParams) -> frozenset[Need]:
+        """The score at every prefix."""
+        return frozenset([PrefixScores()])
+
+    def credit(self, captured: Captured, tokens: TrainerTokens, params: RedParams) -> Credit:
+        """r_t for t = 1..T; Eq. 6."""
+        if captured.prefix_scores is None:
+            raise ValueError("red needs prefix scores")
+        warnings: tuple[str, ...] = ()
+        before = captured.prompt_score
+        if before is None and params.first_token == "subtract":
+            warnings = ("no_prompt_score: the prompt is empty and has no score to subtract; s_0 = 0 was used",)
+        # The last prefix is the whole response, whose score is read at the closing token: R.
+        scores = np.append(captured.prefix_scores[:-1].astype(np.float64), captured.reward)
+        first = {"subtract": before or 0.0, "zero": float(scores[0]), "fold": 0.0}[params.first_token]
+        return Credit(np.diff(scores, prepend=first), baseline=first, warnings=warnings)

@@ -1,0 +1,198 @@
+"""Read this first: what happens to a request.
+
+    plan       its methods are read, and what they need of the forward pass                (plans.py)
+    align      each sample becomes ids, with the response's place and the closing tokens   (align.py)
+    batch      sequences of all callers wait together for the engine                       (batcher.py)
+    engine     one forward pass keeps the scores and attention rows that were asked for    (engines/, heads/)
+    method     each method turns them into rewards on the model's tokens                   (methods/)
+    place      the rewards move to the trainer's own tokens                                (slots.py)
+    answer     all of it in the shape of densereward_client.wire                           (answer.py)
+
+One `Pipeline` is one loaded model. Everything but the waiting runs in threads, off the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from densereward import __version__
+from densereward.align import Aligned, Aligner
+from densereward.answer import envelope, error_item, reward_item, token_rewards_item
+from densereward.batcher import Batcher, Scored
+from densereward.capture import Captured, Need
+from densereward.engines.base import Engine
+from densereward.errors import DenseRewardError, EngineFailure
+from densereward.metrics import Metrics
+from densereward.plans import Plan, availability, needs_of, plan
+from densereward_client.wire import ModelCard, RewardsRequest, Sample, TokenRewardsRequest
+
+__all__ = ["Pipeline"]
+
+Samples = Sequence[Sample | DenseRewardError]
+"""A request's samples; an error stands where one could not even be read."""
+
+
+class Pipeline:
+    """One model, from samples to answers.
+
+    Under `on_error: "request"` the first bad sample raises its error, with its index. Under `"item"` the error
+    stands in the sample's place and the rest are served.
+
+    Args:
+        name: what requests call the model.
+        engine: what runs it.
+        aligner: what reads samples for it.
+        batcher: the queue in front of the engine.
+        metrics: where samples are counted.
+    """
+
+    def __init__(self, name: str, engine: Engine, aligner: Aligner, batcher: Batcher, metrics: Metrics) -> None:
+        self.name = name
+        self._engine = engine
+        self._aligner = aligner
+        self._batcher = batcher
+        self._metrics = metrics
+        self.card = self._card()
+        self.fingerprint = self._fingerprint()
+
+    async def rewards(self, request: RewardsRequest, samples: Samples) -> dict[str, Any]:
+        """The answer to POST /rewards.
+
+        Raises:
+            DenseRewardError: what could not be served, and what to do next.
+        """
+        started = time.perf_counter()
+        aligned = await asyncio.to_thread(self._align, request, samples, ())
+        scored = await self._score(request, aligned, frozenset())
+        return self._answer("rewards", samples, aligned, scored, reward_item, started)
+
+    async def token_rewards(self, request: TokenRewardsRequest, samples: Samples) -> dict[str, Any]:
+        """The answer to POST /token_rewards.
+
+        Raises:
+            DenseRewardError: what could not be served, and what to do next.
+        """
+        started = time.perf_counter()
+        plans = plan(request, self._engine)
+        needs = needs_of(plans, request, self._engine)
+        aligned = await asyncio.to_thread(self._align, request, samples, plans)
+        scored = await self._score(request, aligned, needs)
+
+        def item(index: int, sample: Sample, part: Aligned, captured: Captured) -> dict[str, Any]:
+            vocabulary = self._aligner.vocabulary
+            return token_rewards_item(
+                index, sample, part, captured, plans=plans, request=request, vocabulary=vocabulary
+            )
+
+        return await asyncio.to_thread(self._answer, "token_rewards", samples, aligned, scored, item, started)
+
+    async def close(self) -> None:
+        """Finish what waits, then free the engine."""
+        await self._batcher.close()
+        self._engine.close()
+
+    def _align(
+        self, request: RewardsRequest, samples: Samples, plans: Sequence[Plan]
+    ) -> list[Aligned | DenseRewardError]:
+        return [self._align_one(request, i, sample, plans) for i, sample in enumerate(samples)]
+
+    def _align_one(
+        self, request: RewardsRequest, index: int, sample: Sample | DenseRewardError, plans: Sequence[Plan]
+    ) -> Aligned | DenseRewardError:
+        try:
+            if isinstance(sample, DenseRewardError):
+                raise sample
+            aligned = self._aligner.align(sample)
+            for each in plans:
+                each.method.check(aligned.trainer_tokens)
+        except DenseRewardError as error:
+            return _in_its_place(error, index, sample, request)
+        return aligned
+
+    async def _score(
+        self, request: RewardsRequest, aligned: Sequence[Aligned | DenseRewardError], needs: frozenset[Need]
+    ) -> list[Scored | DenseRewardError]:
+        """Run what could be aligned; errors keep their places."""
+        sequences = [replace(each.sequence, needs=needs) for each in aligned if isinstance(each, Aligned)]
+        results = iter(await self._batcher.score(sequences))
+        scored: list[Scored | DenseRewardError] = []
+        for index, part in enumerate(aligned):
+            result = _finite(next(results)) if isinstance(part, Aligned) else part
+            scored.append(_in_its_place(result, index, None, request) if isinstance(result, EngineFailure) else result)
+        return scored
+
+    def _answer(
+        self,
+        kind: str,
+        samples: Samples,
+        aligned: Sequence[Aligned | DenseRewardError],
+        scored: Sequence[Scored | DenseRewardError],
+        item: Callable[[int, Sample, Aligned, Captured], dict[str, Any]],
+        started: float,
+    ) -> dict[str, Any]:
+        items = []
+        for index, (sample, part, result) in enumerate(zip(samples, aligned, scored, strict=True)):
+            if isinstance(sample, Sample) and isinstance(part, Aligned) and isinstance(result, Scored):
+                items.append(item(index, sample, part, result.captured))
+            elif isinstance(result, DenseRewardError):
+                items.append(error_item(index, result))
+        served = [each for each in scored if isinstance(each, Scored)]
+        answer = envelope(kind, items, [each for each in aligned if isinstance(each, Aligned)], served, started)
+        self._metrics.scored(self.name, len(served), answer["usage"]["forward_tokens"])
+        return answer | {"model": self.name, "fingerprint": self.fingerprint}
+
+    def _card(self) -> ModelCard:
+        facts, aligner = self._engine.facts, self._aligner
+        return ModelCard(
+            id=self.name,
+            family=facts.family,
+            head=facts.head,
+            engine=facts.engine,
+            dtype=facts.dtype,
+            max_length=aligner.max_length,
+            closing_token_ids=aligner.closing_ids,
+            adds_bos=aligner.adds_bos,
+            prefix_modes=["open"],
+            tokenizer_fingerprint=aligner.vocabulary.fingerprint,
+            template_fingerprint=None if aligner.template is None else aligner.template.fingerprint,
+            methods=availability(self._engine),
+        )
+
+    def _fingerprint(self) -> str:
+        card = self.card
+        model = (self._engine.facts.weights_fingerprint, card.dtype, card.engine, card.head, __version__)
+        identity = (*model, card.tokenizer_fingerprint, card.template_fingerprint, card.closing_token_ids)
+        return f"fp-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
+
+
+def _finite(result: Scored | EngineFailure) -> Scored | EngineFailure:
+    """A capture that holds a number that is not finite is a failure."""
+    if isinstance(result, EngineFailure):
+        return result
+    captured = result.captured
+    arrays = [*captured.attention_rows.values(), *([] if captured.prefix_scores is None else [captured.prefix_scores])]
+    numbers = (captured.reward, captured.prompt_score or 0.0)
+    if all(map(math.isfinite, numbers)) and all(np.isfinite(array).all() for array in arrays):
+        return result
+    return EngineFailure("the model gave a number that is not finite", code="not_finite")
+
+
+def _in_its_place(
+    error: DenseRewardError, index: int, sample: Sample | DenseRewardError | None, request: RewardsRequest
+) -> DenseRewardError:
+    """The error with the sample's index, to stand for the sample, or raised where one bad sample fails them all."""
+    error.details["index"] = index
+    if isinstance(sample, Sample) and sample.id is not None:
+        error.details["id"] = sample.id
+    error.message = f"samples[{index}]: {error.message}"
+    if request.on_error == "request":
+        raise error
+    return error

@@ -1,0 +1,102 @@
+"""The methods a request asks for, their parameters read and what they need found to be there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from densereward.capture import AttentionRow, Need, PrefixScores
+from densereward.engines.base import Engine
+from densereward.errors import InvalidRequest, MethodUnavailable
+from densereward.methods import METHODS
+from densereward.methods.base import Method, Params
+from densereward_client.wire import MethodAvailability, MethodRequest, TokenRewardsRequest
+
+__all__ = ["Plan", "availability", "needs_of", "plan"]
+
+_INCLUDED: dict[str, Need] = {"prefix_scores": PrefixScores(), "attention": AttentionRow(-1)}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One method of one request.
+
+    Attributes:
+        key: where its rewards stand in the answer.
+        method: what shares the reward out.
+        params: its parameters, read.
+    """
+
+    key: str
+    method: Method[Any]
+    params: Params
+
+
+def plan(request: TokenRewardsRequest, engine: Engine) -> list[Plan]:
+    """Read the methods of a request.
+
+    Raises:
+        InvalidRequest: a parameter that does not fit, or one key for two methods.
+        MethodUnavailable: no such method.
+    """
+    default = "red" if availability(engine)["red"].available else "abc"
+    plans = [_read(asked) for asked in request.method_requests(default)]
+    keys = [each.key for each in plans]
+    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+        raise InvalidRequest(
+            f"methods: {', '.join(repeated)} asked for twice; give each a `label` of its own",
+            code="repeated_method",
+            field="methods",
+        )
+    return plans
+
+
+def needs_of(plans: Sequence[Plan], request: TokenRewardsRequest, engine: Engine) -> frozenset[Need]:
+    """All that the engine must keep for a request.
+
+    Raises:
+        MethodUnavailable: the engine cannot keep it; the message names the methods that it can serve.
+    """
+    needs = {need for each in plans for need in each.method.needs(each.params)}
+    needs |= {_INCLUDED[name] for name in request.include if name in _INCLUDED}
+    if missing := needs - engine.provides:
+        possible = [name for name, method in availability(engine).items() if method.available]
+        raise MethodUnavailable(
+            f"this model cannot give {_listed(missing)}; with default parameters it can serve {', '.join(possible)}",
+            field="methods",
+            available=possible,
+        )
+    return frozenset(needs)
+
+
+def availability(engine: Engine) -> dict[str, MethodAvailability]:
+    """For each method with default parameters: whether the engine can serve it, at what cost, or why not."""
+    rows = {}
+    for name in METHODS:
+        method: Method[Any] = METHODS[name]()
+        if missing := method.needs(method.params_type()) - engine.provides:
+            rows[name] = MethodAvailability(available=False, reason=f"the engine cannot give {_listed(missing)}")
+        else:
+            rows[name] = MethodAvailability(available=True, passes=method.passes)
+    return rows
+
+
+def _read(asked: MethodRequest) -> Plan:
+    if asked.name not in METHODS:
+        raise MethodUnavailable(
+            f"no method named {asked.name!r}; there are {', '.join(METHODS)}", code="unknown_method", field="methods"
+        )
+    method: Method[Any] = METHODS[asked.name]()
+    try:
+        params = method.params_type.model_validate(asked.params)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise InvalidRequest(f"method {asked.name}: {problems}", code="invalid_params", field="methods") from error
+    return Plan(asked.key, method, params)
+
+
+def _listed(needs: set[Need] | frozenset[Need]) -> str:
+    return ", ".join(sorted(map(str, needs)))

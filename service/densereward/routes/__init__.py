@@ -1,0 +1,1 @@
+"""HTTP routes, by audience: trainers that score, operators that look after the server."""

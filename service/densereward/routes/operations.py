@@ -1,0 +1,39 @@
+"""The routes for operators: what is served, is it alive, is it ready, how busy is it."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from densereward.service import Service
+from densereward_client.wire import ErrorBody, ModelList
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/v1/models", responses={503: {"model": ErrorBody}})
+async def models(request: Request) -> ModelList:
+    """The models served, how each reads text, and which methods it can serve."""
+    service: Service = request.app.state.service
+    return ModelList(data=[service.pipeline.card])
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """The process is alive."""
+    return {"status": "alive"}
+
+
+@router.get("/ready", responses={503: {"model": ErrorBody}})
+async def ready(request: Request) -> dict[str, str]:
+    """The model is loaded and passed its self-check, and requests are taken."""
+    service: Service = request.app.state.service
+    return {"status": "ready", "model": service.pipeline.name}
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics."""
+    service: Service = request.app.state.service
+    return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,126 @@
+"""The running server's state: what is loaded, whether it takes requests, how it starts and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+
+from densereward.align import Aligner
+from densereward.batcher import Batcher
+from densereward.engines import ENGINES
+from densereward.engines.base import Engine
+from densereward.errors import ModelError, NotReady, UnknownModel
+from densereward.metrics import Metrics
+from densereward.pipeline import Pipeline
+from densereward.selfcheck import self_check
+from densereward.settings import ModelSettings
+
+__all__ = ["Service", "load"]
+
+logger = logging.getLogger("densereward")
+
+_LOADING = NotReady("the model is being loaded", retry_after=5.0)
+
+
+def load(settings: ModelSettings) -> tuple[Engine, Aligner]:
+    """Load a model and its tokenizer, and check both. Blocks for as long as that takes.
+
+    Raises:
+        ModelError: the model cannot be loaded, or would answer wrong numbers.
+    """
+    source = settings.model
+    if source == "default":
+        from densereward.default_model import ensure_default_model
+
+        source = str(ensure_default_model())
+    engine: Engine = ENGINES["torch"].load(
+        source, revision=settings.revision, device=settings.device, dtype=settings.dtype
+    )
+    max_length = min(settings.max_length or sys.maxsize, engine.facts.max_length)
+    aligner = Aligner(_tokenizer(source, settings.revision), max_length, engine.facts.vocabulary_size)
+    self_check(engine)
+    return engine, aligner
+
+
+def _tokenizer(source: str, revision: str | None) -> object:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the tokenizer of {source}: {error}") from error
+
+
+class Service:
+    """Owns the model from loading to draining.
+
+    Args:
+        settings: which model, and its limits.
+    """
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.draining = False
+        self.failure: Exception | None = None
+        self._pipeline: Pipeline | None = None
+
+    async def start(self) -> None:
+        """Load, check, and take requests.
+
+        Raises:
+            ModelError: the model cannot be loaded, or would answer wrong numbers.
+        """
+        try:
+            engine, aligner = await asyncio.to_thread(load, self.settings)
+        except Exception as error:
+            self.failure = error
+            raise
+        batcher = Batcher(
+            engine,
+            max_batch_tokens=self.settings.max_batch_tokens,
+            max_queue_tokens=self.settings.max_queue_tokens,
+            metrics=self.metrics,
+        )
+        name = self.settings.model_name or self.settings.model
+        self._pipeline = Pipeline(name, engine, aligner, batcher, self.metrics)
+        self.metrics.ready(True)
+        facts = engine.facts
+        logger.info("ready: %s (%s, %s on %s)", name, facts.family, facts.dtype, facts.device)
+
+    def drain(self) -> None:
+        """Take no new requests; those under way are finished."""
+        self.draining = True
+        self.metrics.ready(False)
+
+    async def stop(self) -> None:
+        """Finish what waits and free the device."""
+        self.drain()
+        if self._pipeline is not None:
+            await self._pipeline.close()
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The loaded model.
+
+        Raises:
+            NotReady: it is still being loaded, or the server is shutting down.
+        """
+        if self.draining:
+            raise NotReady("the server is shutting down; try another one", retry_after=1.0, code="draining")
+        if self._pipeline is None:
+            raise NotReady(_LOADING.message, retry_after=_LOADING.retry_after)
+        return self._pipeline
+
+    def pipeline_for(self, model: str | None) -> Pipeline:
+        """The pipeline of a model by name; None and "default" are the server's own.
+
+        Raises:
+            NotReady: it is still being loaded, or the server is shutting down.
+            UnknownModel: no such model is served.
+        """
+        pipeline = self.pipeline
+        if model not in (None, "default", pipeline.name):
+            raise UnknownModel(f"no model named {model!r} is served here; there is {pipeline.name!r}", field="model")
+        return pipeline

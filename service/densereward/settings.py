@@ -1,0 +1,63 @@
+"""Every knob, once. A flag of `densereward serve`, an environment variable DENSEREWARD_*, or a line of a TOML file.
+
+Flags win over the environment, the environment over the file (`DENSEREWARD_CONFIG=FILE`).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, SecretStr
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+__all__ = ["ModelSettings", "ServerSettings"]
+
+
+class ModelSettings(BaseSettings):
+    """Which model, where and how it runs."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="DENSEREWARD_", env_ignore_empty=True, extra="forbid", protected_namespaces=()
+    )
+
+    model: str = Field("default", description="Folder or hub id of a reward model; `default` is the embedded one.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    model_name: str | None = Field(None, description="Name it is served under; by default what --model says.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1; auto takes a GPU where there is one.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of the weights; auto is bfloat16 on a GPU, float32 on the CPU. The head is float32."
+    )
+    max_length: PositiveInt | None = Field(
+        None, description="Tokens in the longest sequence served; by default what the model's config gives."
+    )
+    max_batch_tokens: PositiveInt = Field(16384, description="Tokens in one forward pass.")
+    max_queue_tokens: PositiveInt = Field(1_048_576, description="Tokens that may wait; beyond that, 429.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then the environment, then the file that DENSEREWARD_CONFIG names."""
+        file = os.environ.get("DENSEREWARD_CONFIG")
+        sources = (init_settings, env_settings, dotenv_settings, file_secret_settings)
+        return (*sources, TomlConfigSettingsSource(settings_cls, Path(file))) if file else sources
+
+
+class ServerSettings(ModelSettings):
+    """The HTTP server."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    api_key: SecretStr | None = Field(None, description="Key that every scoring route then asks for, as a bearer.")
+    max_body_bytes: PositiveInt = Field(64 * 2**20, description="Bytes in one request's body; beyond that, 413.")
+    max_samples: PositiveInt = Field(4096, description="Samples in one request; beyond that, 413.")
+    request_timeout: PositiveFloat = Field(300.0, description="Seconds for one request; beyond that, 504.")
+    drain_timeout: PositiveFloat = Field(60.0, description="Seconds that SIGTERM leaves to requests under way.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of the server's log.")

@@ -1,0 +1,122 @@
+"""From the reward model's tokens to the trainer's: byte spans, the mix with the sparse reward, the mask.
+
+Sums are kept in float64 and become float32 at the very end. A slot is one token of the trainer's: a span it sent, or
+the reward model's own token where it sent none. T tokens, L slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from densereward.capture import Span
+from densereward.errors import EngineFailure, InvalidRequest
+from densereward.methods.base import Credit
+
+__all__ = ["Slots", "place", "spread"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Where a trainer wants its rewards.
+
+    Attributes:
+        count: L.
+        spans: the trainer's spans; None where the slots are the reward model's own tokens.
+        kept: indices of the slots that may carry a reward; None keeps all.
+    """
+
+    count: int
+    spans: Sequence[Span] | None = None
+    kept: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kept is not None and not self.kept:
+            raise InvalidRequest("response_mask keeps no token, so the reward has nowhere to go", code="empty_mask")
+
+
+def place(
+    credit: Credit, reward: float, beta: float, slots: Slots, token_spans: Sequence[Span] | None
+) -> tuple[Float32[np.ndarray, " L"], float]:
+    """A method's dense rewards on the trainer's slots, mixed with the sparse reward, masked.
+
+    Args:
+        credit: dense rewards on tokens or slots.
+        reward: R.
+        beta: share of the dense rewards.
+        slots: where the rewards go.
+        token_spans: the reward model's tokens in the response; needed where the trainer sent spans.
+
+    Returns:
+        The rewards, and the baseline that their sum leaves out.
+
+    Raises:
+        EngineFailure: a reward is not finite, or the sum is not what it must be.
+    """
+    dense = credit.rewards
+    if credit.on == "tokens" and slots.spans is not None:
+        if token_spans is None:
+            raise ValueError("the reward model's tokens have no spans to map from")
+        dense = spread(dense, token_spans, slots.spans)
+    mixed = beta * dense
+    mixed[-1] += (1.0 - beta) * reward
+    if slots.kept is not None:
+        mixed = _move_to_kept(mixed, slots.kept)
+    baseline = beta * credit.baseline
+    _check(mixed, baseline, reward)
+    return mixed.astype(np.float32), baseline
+
+
+def spread(
+    values: Float64[np.ndarray, " T"], sources: Sequence[Span], targets: Sequence[Span]
+) -> Float64[np.ndarray, " L"]:
+    """Values on source spans, moved to target spans in proportion to the bytes they share; the sum is kept.
+
+    Both lists are in order and without overlap inside, so one walk over the two finds every shared byte. A source
+    that shares no byte with any target (white space the trainer skipped, a token of no bytes) goes whole to the next
+    target that ends after it, or to the last one.
+    """
+    result = np.zeros(len(targets))
+    first = 0
+    for value, (start, stop) in zip(values, sources, strict=True):
+        while first < len(targets) - 1 and targets[first][1] <= start:
+            first += 1
+        shares = _overlaps(start, stop, targets, first)
+        total = sum(share for _, share in shares)
+        if total == 0:
+            result[first] += value
+        for target, share in shares:
+            result[target] += value * share / total
+    return result
+
+
+def _overlaps(start: int, stop: int, targets: Sequence[Span], first: int) -> list[tuple[int, int]]:
+    """(target, shared bytes) of every target from `first` on that shares bytes with [start, stop)."""
+    shares = []
+    for target in range(first, len(targets)):
+        target_start, target_stop = targets[target]
+        if target_start >= stop:
+            break
+        if (shared := min(stop, target_stop) - max(start, target_start)) > 0:
+            shares.append((target, shared))
+    return shares
+
+
+def _move_to_kept(values: Float64[np.ndarray, " L"], kept: Sequence[int]) -> Float64[np.ndarray, " L"]:
+    """Every value at the next kept slot, or the last one."""
+    where = np.asarray(kept)
+    receivers = where[np.minimum(np.searchsorted(where, np.arange(len(values))), len(where) - 1)]
+    return np.bincount(receivers, weights=values, minlength=len(values))
+
+
+def _check(rewards: Float64[np.ndarray, " L"], baseline: float, reward: float) -> None:
+    if not (np.isfinite(rewards).all() and np.isfinite(baseline)):
+        raise EngineFailure("a token reward is not finite", code="not_finite")
+    tolerance = 1e-6 * max(1.0, abs(reward), float(np.abs(rewards).sum()))
+    if abs(rewards.sum() + baseline - reward) > tolerance:
+        raise EngineFailure(
+            f"the token rewards sum to {rewards.sum() + baseline}, not to the reward {reward}", code="sum_mismatch"
+        )

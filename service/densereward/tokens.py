@@ -1,0 +1,148 @@
+"""The reward model's tokenizer, as far as a reward needs it: ids, the bytes behind each id, BOS, a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+from tokenizers import Encoding, Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+
+from densereward.capture import Span
+from densereward.errors import ModelError
+
+__all__ = ["Vocabulary"]
+
+_ANY_LETTER = "a"
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character of a byte-level token to the byte it stands for.
+
+    Printable bytes stand for themselves; the others, in order, are moved to 256 and up (GPT-2's convention).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}
+    if set(alphabet) != set(ByteLevel.alphabet()):
+        raise ModelError("the tokenizers library's byte alphabet is not the known one")
+    return alphabet
+
+
+class Vocabulary:
+    """A tokenizer, read in bytes.
+
+    Args:
+        tokenizer: a transformers tokenizer with a `tokenizers` backend.
+
+    Raises:
+        ModelError: the tokenizer has no such backend, so its spans cannot be had.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ModelError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json")
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._definition: dict[str, Any] = json.loads(backend.to_str())
+        self._added: dict[int, bytes] = {
+            each["id"]: each["content"].encode() for each in self._definition["added_tokens"]
+        }
+        self._alphabet = _byte_alphabet()
+        self._decoders = _types(self._definition.get("decoder"))
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.prefix_ids, self.suffix_ids = self._special_frame()
+
+    def _special_frame(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer itself writes before and after a text: BOS, EOS."""
+        framed, bare = (self._backend.encode(_ANY_LETTER, add_special_tokens=special).ids for special in (True, False))
+        start = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
+        return framed[:start], framed[start + len(bare) :]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of vocabulary and merges: equal for tokenizers that give equal ids."""
+        vocabulary = sorted(self._backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+        merges = [
+            each.split(" ") if isinstance(each, str) else each for each in self._definition["model"].get("merges", [])
+        ]
+        canonical = json.dumps([vocabulary, merges], ensure_ascii=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def encode(self, text: str) -> Encoding:
+        """Ids with character offsets; special tokens in the text are recognised, none are added."""
+        return self._backend.encode(text, add_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes a token stands for inside a text, or None where the tokenizer does not let that be known."""
+        if token_id in self._added:
+            return self._added[token_id]
+        token: str | None = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""  # a row of the embedding without a token: it writes nothing
+        if "ByteLevel" in self._decoders:
+            return bytes(self._alphabet[character] for character in token)
+        if "ByteFallback" in self._decoders:
+            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                return bytes([int(token[3:5], 16)])
+            return token.replace("▁", " ").encode()
+        return None
+
+    def token_text(self, token_id: int) -> str:
+        """A token to look at; part of a character shows as a replacement mark."""
+        known = self.token_bytes(token_id)
+        return str(self._backend.id_to_token(token_id)) if known is None else known.decode(errors="replace")
+
+    def spans_of_ids(self, token_ids: Sequence[int]) -> list[Span] | None:
+        """[start, end) of each token in the bytes that the ids write, or None where they cannot be known."""
+        pieces = [self.token_bytes(token_id) for token_id in token_ids]
+        known = [piece for piece in pieces if piece is not None]
+        return _consecutive([len(piece) for piece in known]) if len(known) == len(pieces) else None
+
+    def spans_in_text(self, text: str, encoding: Encoding) -> list[Span]:
+        """[start, end) of each token in the UTF-8 bytes of the text it was read from; in order, without overlap.
+
+        Exact where tokens spell out the text's bytes; where the tokenizer rewrites the text, from its offsets.
+        """
+        pieces = [self.token_bytes(token_id) for token_id in encoding.ids]
+        if None not in pieces and b"".join(piece or b"" for piece in pieces) == text.encode():
+            return _consecutive([len(piece or b"") for piece in pieces])
+        return _from_offsets(text, encoding.offsets)
+
+
+def _types(component: dict[str, Any] | None) -> set[str]:
+    """The type names of a tokenizer component and of the parts of a sequence of them."""
+    if component is None:
+        return set()
+    parts = [part for parts in component.values() if isinstance(parts, list) for part in parts]
+    return {component["type"]}.union(*(_types(part) for part in parts if isinstance(part, dict) and "type" in part))
+
+
+def _consecutive(lengths: list[int]) -> list[Span]:
+    ends = list(accumulate(lengths))
+    return list(zip([0, *ends[:-1]], ends, strict=True)) if ends else []
+
+
+def _from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[Span]:
+    """Byte spans from character offsets; tokens that share a character share its bytes out in order."""
+    byte_at = [0, *accumulate(len(character.encode()) for character in text)]
+    spans: list[Span] = []
+    index = 0
+    reached = 0
+    while index < len(offsets):
+        start, stop = offsets[index]
+        together = 1
+        while stop > start and index + together < len(offsets) and offsets[index + together] == (start, stop):
+            together += 1
+        first, last = max(byte_at[start], reached), max(byte_at[stop], reached)
+        cuts = [first + (last - first) * part // together for part in range(together + 1)]
+        spans.extend(pairwise(cuts))
+        reached = last
+        index += together
+    return spans

@@ -1,0 +1,103 @@
+"""Small random reward models of real architectures, with a tokenizer trained on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Thank you, that was a wonderful evening with good food.",
+    "It's a café in Zürich: naïve, 東京, 日本語, 😀 👩‍👩‍👧 and e\u0301.",
+    "def add(a, b):\n    return a + b\n",
+] * 4
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+ARCHITECTURES = ("llama", "qwen3", "mistral", "gemma2", "gpt2")
+
+_SIZE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+
+
+def make_tokenizer(*, adds_bos: bool = False, template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with 320 ids; pad = eos = `<|im_end|>`, which is the trap."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|bos|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", 0)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|bos|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=template,
+    )
+
+
+def make_config(architecture: str, **changes: Any) -> Any:
+    """A config of a few small layers; windows and caps are small enough to matter in a short test."""
+    common = {"vocab_size": 320, "num_labels": 1, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
+    if architecture == "gpt2":
+        return GPT2Config(n_embd=64, n_layer=3, n_head=4, n_positions=2048, **common | changes)
+    special: dict[str, Any]
+    kind, special = {
+        "llama": (LlamaConfig, {}),
+        "qwen3": (Qwen3Config, {"head_dim": 32}),
+        "mistral": (MistralConfig, {"sliding_window": 9}),
+        "gemma2": (
+            Gemma2Config,
+            {"head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
+        ),
+    }[architecture]
+    return kind(**_SIZE | special | common | changes)
+
+
+def make_model(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model whose matrices are large enough for attention to differ from uniform."""
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(make_config(architecture, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    return model.eval()
+
+
+def save(folder: Path, architecture: str = "llama", *, adds_bos: bool = False, **changes: Any) -> Path:
+    """A model folder like any other."""
+    make_model(architecture, **changes).save_pretrained(folder)
+    make_tokenizer(adds_bos=adds_bos).save_pretrained(folder)
+    return folder
