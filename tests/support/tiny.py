@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
     Gemma2Config,
@@ -101,3 +101,22 @@ def save(folder: Path, architecture: str = "llama", *, adds_bos: bool = False, *
     make_model(architecture, **changes).save_pretrained(folder)
     make_tokenizer(adds_bos=adds_bos).save_pretrained(folder)
     return folder
+
+
+def make_sentencepiece_style_tokenizer() -> PreTrainedTokenizerFast:
+    """A Llama-2 style tokenizer: spaces as a mark put before the text too, unknown characters as byte tokens."""
+    letters = sorted(set("".join(CORPUS)) - set("東京😀"))
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    words = ["▁", "▁Th", "an", "k", "▁you", "▁good", *letters]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(["<unk>", "<s>", "</s>", *byte_tokens, *words]))}
+    merges = [("▁", "T"), ("a", "n"), ("▁", "y"), ("▁", "g")]
+    vocabulary |= {token: len(vocabulary) + i for i, token in enumerate(["▁T", "▁y", "▁g"]) if token not in vocabulary}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -52,7 +52,9 @@ def load_classifier(source: str, revision: str | None, device: torch.device, dty
             attn_implementation=attention.IMPLEMENTATION,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a model's files can break the loader in any way; the operator needs one message
         raise ModelError(f"cannot load {source}: {error}") from error
     _refuse_incomplete(source, report)
     loaded: PreTrainedModel = model.to(device).eval()

@@ -1,0 +1,266 @@
+"""The packed engine against transformers' eager attention, and against itself in other company."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from densereward.capture import AttentionRow, Captured, PrefixScores, ScoringInput
+from densereward.engines.torch.engine import TorchEngine
+from densereward.errors import EngineFailure, ModelError
+
+LAYERS = 3
+ALL = frozenset([PrefixScores(), *(AttentionRow(layer) for layer in range(LAYERS))])
+
+
+@pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TorchEngine, Any]]:
+    """Our engine and the eager reference on the same random weights."""
+    folder = tiny.save(tmp_path_factory.mktemp(request.param), request.param)
+    yield TorchEngine.load(str(folder), device="cpu"), reference.eager(folder)
+
+
+def sequence(length: int, prompt: int, closing: int = 0, *, seed: int = 0, needs: Any = ALL) -> ScoringInput:
+    ids = random.Random(seed * 1000 + length).choices(range(3, 320), k=length)
+    return ScoringInput(ids, prompt, length - prompt - closing, length - 1, needs)
+
+
+def mixed_batch(size: int) -> list[ScoringInput]:
+    generator = random.Random(size)
+    batch = []
+    for seed in range(size):
+        length = generator.choice([1, 2, 5, 9, 10, 17, 40, 90])
+        closing = int(length > 3 and seed % 2)
+        batch.append(sequence(length, generator.randrange(length - closing), closing, seed=seed))
+    return batch
+
+
+def assert_same(first: Captured, second: Captured, tolerance: float) -> None:
+    assert first.prefix_scores is not None
+    assert second.prefix_scores is not None
+    scale = max(1.0, float(np.abs(second.prefix_scores).max()), abs(second.reward))
+    assert abs(first.reward - second.reward) <= tolerance * scale
+    np.testing.assert_allclose(first.prefix_scores, second.prefix_scores, atol=tolerance * scale, rtol=0)
+    assert first.attention_rows.keys() == second.attention_rows.keys()
+    for layer, row in first.attention_rows.items():
+        np.testing.assert_allclose(row, second.attention_rows[layer], atol=tolerance, rtol=0)
+
+
+def test_scores_prefixes_and_rows_equal_a_padded_eager_run(pair: tuple[TorchEngine, Any]) -> None:
+    engine, model = pair
+    batch = [sequence(30, 7), sequence(2, 1), sequence(90, 40, 2), sequence(11, 0), sequence(1, 0)]
+    for each, captured, read in zip(
+        batch, engine.forward(batch), reference.padded(model, [each.token_ids for each in batch]), strict=True
+    ):
+        response = slice(each.prompt_length, each.response_stop)
+        expected = Captured(
+            reward=float(read.scores[-1]),
+            length=each.response_length,
+            prefix_scores=read.scores[response].numpy(),
+            attention_rows={layer: read.rows[layer, response].numpy() for layer in range(LAYERS)},
+        )
+        assert_same(captured, expected, 1e-5)
+        if each.prompt_length:
+            assert captured.prompt_score == pytest.approx(float(read.scores[each.prompt_length - 1]), abs=1e-5)
+
+
+def test_prefix_scores_equal_one_pass_per_prefix(pair: tuple[TorchEngine, Any]) -> None:
+    engine, model = pair
+    each = sequence(28, 9, 2)
+    captured = engine.forward([each])[0]
+    prompt, response = each.token_ids[:9], each.token_ids[9:26]
+    expected = reference.prefix_scores(model, prompt, response)
+    assert captured.prefix_scores is not None
+    np.testing.assert_allclose([captured.prompt_score, *captured.prefix_scores], expected, atol=1e-5, rtol=1e-5)
+    assert captured.reward == pytest.approx(reference.score(model, each.token_ids), abs=1e-5, rel=1e-5)
+
+
+def test_a_sample_has_the_same_numbers_alone_in_a_batch_of_64_and_in_any_order(pair: tuple[TorchEngine, Any]) -> None:
+    engine, _ = pair
+    batch = mixed_batch(64)
+    together = engine.forward(batch)
+    order = random.Random(1).sample(range(64), 64)
+    shuffled = engine.forward([batch[i] for i in order])
+    for place, i in enumerate(order):
+        assert_same(shuffled[place], together[i], 1e-6)
+    for i in range(0, 64, 7):
+        assert_same(engine.forward([batch[i]])[0], together[i], 1e-6)
+
+
+def test_rows_are_shares_of_one_over_the_whole_sequence(pair: tuple[TorchEngine, Any]) -> None:
+    engine, _ = pair
+    for captured in engine.forward([sequence(40, 0), sequence(5, 0)]):
+        for row in captured.attention_rows.values():
+            assert (row >= 0).all()
+            assert row.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_head_is_read_at_the_scored_position_and_not_at_the_end() -> None:
+    engine = TorchEngine(_prepared(tiny.make_model("llama")))
+    whole = sequence(12, 4)
+    cut = ScoringInput(whole.token_ids, 4, 6, scored_position=9, needs=ALL)
+    short = ScoringInput(whole.token_ids[:10], 4, 6, scored_position=9, needs=ALL)
+    assert_same(engine.forward([cut])[0], engine.forward([short])[0], 1e-6)
+
+
+def test_a_pad_token_inside_a_sequence_changes_nothing_about_where_it_is_read() -> None:
+    engine = TorchEngine(_prepared(tiny.make_model("llama")))
+    pad = 2
+    ids = [5, 6, 7, pad, 8, pad]
+    with torch.no_grad():
+        hidden = _eager_llama().base_model(input_ids=torch.tensor([ids])).last_hidden_state
+        expected = _eager_llama().score(hidden)[0, -1, 0]
+    captured = engine.forward([ScoringInput(ids, 2, 4, 5)])[0]
+    assert captured.reward == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_only_what_a_sequence_needs_is_kept_for_it() -> None:
+    engine = TorchEngine(_prepared(tiny.make_model("llama")))
+    plain = sequence(9, 3, needs=frozenset())
+    row = sequence(9, 3, needs=frozenset([AttentionRow(-1)]))
+    prefixes = sequence(9, 3, needs=frozenset([PrefixScores()]))
+    kept = engine.forward([plain, row, prefixes])
+    assert kept[0] == Captured(reward=kept[0].reward, length=6)
+    assert list(kept[1].attention_rows) == [-1]
+    assert kept[1].prefix_scores is None
+    assert kept[2].prefix_scores is not None
+    assert kept[2].prefix_scores.shape == (6,)
+    assert not kept[2].attention_rows
+    assert len({captured.reward for captured in kept}) == 1
+
+
+def test_a_layer_counted_from_the_end_is_the_layer_itself() -> None:
+    engine = TorchEngine(_prepared(tiny.make_model("llama")))
+    captured = engine.forward([sequence(9, 3, needs=frozenset([AttentionRow(2), AttentionRow(-1)]))])[0]
+    np.testing.assert_array_equal(captured.attention_rows[2], captured.attention_rows[-1])
+    assert AttentionRow(-LAYERS) in engine.provides
+    assert AttentionRow(LAYERS) not in engine.provides
+    assert AttentionRow(-LAYERS - 1) not in engine.provides
+
+
+def test_an_empty_prompt_has_no_score_before_the_response() -> None:
+    engine = TorchEngine(_prepared(tiny.make_model("llama")))
+    captured = engine.forward([sequence(5, 0)])[0]
+    assert captured.prompt_score is None
+    assert captured.prefix_scores is not None
+    assert captured.prefix_scores.shape == (5,)
+
+
+@given(lengths=st.lists(st.integers(1, 24), min_size=1, max_size=12), seed=st.integers(0, 99))
+def test_any_packing_of_any_lengths_gives_each_sequence_its_own_numbers(lengths: list[int], seed: int) -> None:
+    engine = _shared_engine()
+    batch = [sequence(length, seed % length, seed=seed + i) for i, length in enumerate(lengths)]
+    for each, captured in zip(batch, engine.forward(batch), strict=True):
+        assert_same(captured, engine.forward([each])[0], 1e-6)
+
+
+def test_bfloat16_weights_keep_a_float32_head_and_stay_near_float32(tiny_llama: Path) -> None:
+    wide = TorchEngine.load(str(tiny_llama), device="cpu")
+    narrow = TorchEngine.load(str(tiny_llama), device="cpu", dtype="bfloat16")
+    each = sequence(40, 10)
+    captured, expected = narrow.forward([each])[0], wide.forward([each])[0]
+    assert narrow.facts.dtype == "bfloat16"
+    assert captured.reward == pytest.approx(expected.reward, abs=0.05)
+    # A bfloat16 head would leave scores on bfloat16's grid.
+    assert captured.reward != float(torch.tensor(captured.reward).bfloat16())
+
+
+def test_an_attention_variant_that_is_not_computed_is_refused() -> None:
+    from densereward.engines.torch.attention import packed_attention
+    from densereward.engines.torch.packing import pack
+
+    packed = pack([sequence(4, 1)], torch.device("cpu"), LAYERS)
+    heads = torch.zeros(1, 2, 4, 8)
+    module = torch.nn.Module()
+    with pytest.raises(EngineFailure, match="s_aux"):
+        packed_attention(module, heads, heads, heads, None, scaling=1.0, packed=packed, s_aux=torch.zeros(2))
+    with pytest.raises(EngineFailure, match="does not hand the packed batch"):
+        packed_attention(module, heads, heads, heads, None, scaling=1.0)
+    module.is_causal = False  # type: ignore[assignment]
+    with pytest.raises(EngineFailure, match="not plainly causal"):
+        packed_attention(module, heads, heads, heads, None, scaling=1.0, packed=packed)
+
+
+def test_memory_on_the_blocked_path_grows_with_length_and_not_with_its_square() -> None:
+    from densereward.engines.torch import attention
+
+    seen: list[int] = []
+    original = attention._attend
+
+    def watched(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(q.shape[1] * k.shape[1])
+        return original(q, k, *rest)
+
+    engine = TorchEngine(_prepared(tiny.make_model("gemma2")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_attend", watched)
+        engine.forward([sequence(1500, 10)])
+    assert max(seen) <= attention.QUERY_BLOCK * 1500
+
+
+def test_a_model_with_several_labels_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path, num_labels=2)
+    with pytest.raises(ModelError, match="num_labels = 2"):
+        TorchEngine.load(str(folder), device="cpu")
+
+
+def test_files_that_cannot_be_read_are_a_model_error(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ModelError, match="cannot load"):
+        TorchEngine.load(str(folder), device="cpu")
+    with pytest.raises(ModelError, match="cannot load"):
+        TorchEngine.load(str(tmp_path / "nowhere"), device="cpu")
+
+
+def test_a_model_whose_head_is_not_in_its_files_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny.save(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["scores.weight"] = weights.pop("score.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 missing keys .*score\.weight"):
+        TorchEngine.load(str(folder), device="cpu")
+
+
+def test_the_weights_fingerprint_changes_with_one_weight(tiny_llama: Path) -> None:
+    model = tiny.make_model("llama")
+    first = TorchEngine(_prepared(model)).facts.weights_fingerprint
+    assert TorchEngine(_prepared(model)).facts.weights_fingerprint == first
+    with torch.no_grad():
+        model.score.weight[0, 0] += 1e-3
+    assert TorchEngine(_prepared(model)).facts.weights_fingerprint != first
+
+
+def _prepared(model: Any) -> Any:
+    from densereward.engines.torch import attention
+
+    attention.register()
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    return model
+
+
+def _eager_llama() -> Any:
+    model = tiny.make_model("llama")
+    model.set_attn_implementation("eager")
+    return model
+
+
+_ENGINES: list[TorchEngine] = []
+
+
+def _shared_engine() -> TorchEngine:
+    if not _ENGINES:
+        _ENGINES.append(TorchEngine(_prepared(tiny.make_model("llama"))))
+    return _ENGINES[0]

@@ -1,0 +1,192 @@
+"""From a sample to ids: where the response lies, which tokens close it, where the score is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+
+from densereward.align import Aligned, Aligner
+from densereward.errors import InvalidRequest, TooLong
+from densereward_client.wire import Sample
+
+BOS, START, END = 0, 1, 2
+NEWLINE = 201
+TOKENIZER = tiny.make_tokenizer()
+
+
+def aligner(*, max_length: int = 256, **tokenizer: Any) -> Aligner:
+    return Aligner(tiny.make_tokenizer(**tokenizer), max_length, 320)
+
+
+def align(reader: Aligner | None = None, **sample: Any) -> Aligned:
+    return (reader or aligner()).align(Sample(**sample))
+
+
+def ids_of(text: str) -> list[int]:
+    return list(TOKENIZER.encode(text, add_special_tokens=False))
+
+
+def test_a_finished_response_gets_the_templates_closing_tokens_and_the_last_is_scored() -> None:
+    aligned = align(prompt_token_ids=[5, 6], response_token_ids=[7, 8, 9])
+    assert list(aligned.sequence.token_ids) == [5, 6, 7, 8, 9, END, NEWLINE]
+    assert (aligned.sequence.prompt_length, aligned.sequence.response_length) == (2, 3)
+    assert aligned.sequence.scored_position == 6
+
+
+def test_a_response_cut_by_length_gets_none_and_is_scored_at_its_last_token() -> None:
+    aligned = align(prompt_token_ids=[5, 6], response_token_ids=[7, 8, 9], finished=False)
+    assert list(aligned.sequence.token_ids) == [5, 6, 7, 8, 9]
+    assert aligned.sequence.scored_position == 4
+
+
+@pytest.mark.parametrize(
+    ("response", "appended"),
+    [
+        ([7, END], [NEWLINE]),
+        ([7, END, NEWLINE], []),
+        ([7, NEWLINE], [END, NEWLINE]),
+        ([END], [NEWLINE]),
+        ([7, END, END], [NEWLINE]),
+    ],
+)
+def test_closing_tokens_that_are_there_keep_their_slots_and_are_not_given_twice(
+    response: list[int], appended: list[int]
+) -> None:
+    aligned = align(prompt_token_ids=[5], response_token_ids=response)
+    assert list(aligned.sequence.token_ids) == [5, *response, *appended]
+    assert aligned.slots.count == aligned.sequence.response_length == len(response)
+
+
+def test_pad_is_eos_here_and_a_response_of_such_tokens_is_still_read_at_its_end() -> None:
+    assert TOKENIZER.pad_token_id == TOKENIZER.eos_token_id == END
+    aligned = align(prompt_token_ids=[5], response_token_ids=[END, END, END], finished=False)
+    assert aligned.sequence.scored_position == 3
+
+
+def test_a_closing_token_written_as_text_is_recognised() -> None:
+    aligned = align(prompt="", response="Thank you<|im_end|>")
+    assert list(aligned.sequence.token_ids) == [*ids_of("Thank you"), END, NEWLINE]
+
+
+def test_messages_are_rendered_up_to_the_answer() -> None:
+    aligned = align(messages=[{"role": "user", "content": "Why?"}], response="So.")
+    rendered = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n"
+    assert list(aligned.sequence.token_ids) == ids_of(rendered)
+    assert aligned.sequence.response_length == len(ids_of("So."))
+
+
+def test_without_a_template_the_tokenizers_own_end_closes_a_response_and_messages_are_refused() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.make_tokenizer(template=None)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", END)]
+    )
+    reader = Aligner(tokenizer, 256, 320)
+    assert reader.closing_ids == [END]
+    assert list(align(reader, prompt_token_ids=[5], response_token_ids=[7]).sequence.token_ids) == [5, 7, END]
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        align(reader, messages=[{"role": "user", "content": ""}], response="a")
+
+
+@pytest.mark.parametrize("text", ["", "Why?"])
+def test_bos_is_added_once_to_a_prompt_as_text(text: str) -> None:
+    reader = aligner(adds_bos=True)
+    for prompt in (text, f"<|bos|>{text}"):
+        aligned = align(reader, prompt=prompt, response="So.")
+        assert list(aligned.sequence.token_ids[:2]).count(BOS) == 1
+        assert aligned.sequence.token_ids[0] == BOS
+        assert aligned.sequence.prompt_length == 1 + len(ids_of(text))
+        assert not aligned.warnings
+
+
+def test_bos_is_added_neither_to_ids_nor_to_messages() -> None:
+    reader = aligner(adds_bos=True)
+    assert align(reader, prompt_token_ids=[5], response_token_ids=[7]).sequence.token_ids[0] == 5
+    assert align(reader, messages=[{"role": "user", "content": ""}], response="a").sequence.token_ids[0] == START
+
+
+def test_a_template_that_writes_bos_is_not_given_another() -> None:
+    reader = aligner(adds_bos=True, template="<|bos|>" + tiny.CHATML)
+    aligned = align(reader, messages=[{"role": "user", "content": ""}], response="a")
+    assert list(aligned.sequence.token_ids[:2]) == [BOS, START]
+    assert reader.closing_ids == [END, NEWLINE]
+
+
+def test_a_doubled_bos_is_reported() -> None:
+    aligned = align(aligner(adds_bos=True), prompt_token_ids=[BOS, BOS, 5], response_token_ids=[7])
+    assert aligned.warnings[0].startswith("doubled_bos:")
+
+
+def test_prompt_and_response_are_read_as_one_text_and_cut_between_tokens() -> None:
+    aligned = align(prompt="Thank you", response=" very much")
+    assert list(aligned.sequence.token_ids) == [*ids_of("Thank you very much"), END, NEWLINE]
+    assert aligned.spans == [
+        (start, stop)
+        for start, stop in _byte_spans(" very much", list(aligned.sequence.token_ids)[len(ids_of("Thank you")) : -2])
+    ]
+
+
+def test_a_token_over_the_boundary_is_never_given_to_either_side() -> None:
+    assert ids_of("The") != [*ids_of("T"), *ids_of("he")]
+    aligned = align(prompt="T", response="he")
+    assert list(aligned.sequence.token_ids) == [*ids_of("T"), *ids_of("he"), END, NEWLINE]
+    assert aligned.sequence.prompt_length == len(ids_of("T"))
+    assert aligned.warnings[0].startswith("split_boundary:")
+
+
+def test_a_response_that_the_template_would_have_stripped_is_scored_as_it_stands_with_a_warning() -> None:
+    reader = aligner(template=tiny.CHATML.replace("message['content']", "message['content'] | trim"))
+    messages = [{"role": "user", "content": "Why?"}]
+    assert align(reader, messages=messages, response=" So.").warnings[0].startswith("unstripped_response:")
+    assert not align(reader, messages=messages, response="So.").warnings
+
+
+def test_spans_count_bytes_and_not_characters() -> None:
+    aligned = align(prompt="é😀", response="é😀")
+    assert aligned.spans is not None
+    assert aligned.spans[0][0] == 0
+    assert aligned.spans[-1][1] == len("é😀".encode())
+
+
+@pytest.mark.parametrize(
+    ("sample", "code"),
+    [
+        ({"prompt_token_ids": [5], "response_token_ids": [320]}, "id_out_of_vocabulary"),
+        ({"prompt_token_ids": [-1], "response_token_ids": [5]}, "id_out_of_vocabulary"),
+        ({"prompt_token_ids": [5] * 300, "response_token_ids": [5]}, "too_long"),
+        ({"prompt_token_ids": [5], "response_token_ids": [5, 6], "response_mask": [1]}, "length_mismatch"),
+        ({"prompt_token_ids": [5], "response_token_ids": [5, 6], "weights": [1.0]}, "length_mismatch"),
+        ({"prompt_token_ids": [5], "response_token_ids": [5, 6], "token_entropies": [1.0]}, "length_mismatch"),
+        ({"prompt_token_ids": [5], "response_token_ids": [5, 6], "response_mask": [0, 0]}, "empty_mask"),
+        ({"prompt": "", "response": "ab", "response_spans": [(0, 1), (0, 2)]}, "invalid_spans"),
+        ({"prompt": "", "response": "ab", "response_spans": [(0, 3)]}, "invalid_spans"),
+        ({"prompt": "", "response": "ab", "response_spans": [(1, 0)]}, "invalid_spans"),
+        ({"prompt": "", "response": "ab", "response_spans": []}, "invalid_spans"),
+        ({"prompt": "", "response": "ab", "response_spans": [(0, 2)], "response_mask": [1, 1]}, "length_mismatch"),
+        ({"prompt": "", "response": "", "finished": False}, "empty_sample"),
+    ],
+)
+def test_a_sample_that_cannot_be_served_is_refused_with_its_code(sample: dict[str, Any], code: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        align(**sample)
+    assert refused.value.error_code == code
+    assert refused.value.status == 422
+
+
+def test_the_longest_sequence_that_fits_is_served_closing_tokens_included() -> None:
+    reader = aligner(max_length=10)
+    assert len(align(reader, prompt_token_ids=[5] * 4, response_token_ids=[6] * 4).sequence.token_ids) == 10
+    with pytest.raises(TooLong, match="11 tokens with the closing ones, and the model reads 10"):
+        align(reader, prompt_token_ids=[5] * 5, response_token_ids=[6] * 4)
+
+
+def _byte_spans(text: str, token_ids: list[int]) -> list[tuple[int, int]]:
+    spans, reached = [], 0
+    for piece in TOKENIZER.convert_ids_to_tokens(token_ids):
+        spans.append((reached, reached + len(piece)))
+        reached += len(piece)
+    assert reached == len(text.encode())
+    return spans

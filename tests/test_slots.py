@@ -1,0 +1,118 @@
+"""Rewards on their way to the trainer's tokens: nothing is lost, nothing lands on a wrong slot."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from densereward.capture import Span
+from densereward.errors import EngineFailure, InvalidRequest
+from densereward.methods.base import Credit
+from densereward.slots import Slots, place, spread
+
+
+def naive_spread(values: list[float], sources: list[Span], targets: list[Span]) -> list[float]:
+    """Byte by byte: every byte of a source carries its share to the target that owns the byte."""
+    result = [0.0] * len(targets)
+    for value, (start, stop) in zip(values, sources, strict=True):
+        owners = [i for byte in range(start, stop) for i, (a, b) in enumerate(targets) if a <= byte < b]
+        if not owners:
+            owners = [next((i for i, (_, b) in enumerate(targets) if b > start), len(targets) - 1)]
+        for owner in owners:
+            result[owner] += value / len(owners)
+    return result
+
+
+def cuts(size: int) -> st.SearchStrategy[list[Span]]:
+    """Spans that cover `size` bytes without a gap."""
+    inner = st.lists(st.integers(0, size), max_size=8).map(sorted)
+    return inner.map(lambda points: list(pairwise([0, *points, size])))
+
+
+@st.composite
+def gappy(draw: st.DrawFn, size: int) -> list[Span]:
+    """Spans in order with gaps between them, some of no bytes."""
+    points = sorted(draw(st.lists(st.integers(0, size), min_size=2, max_size=12)))
+    return [(points[i], points[i + 1]) for i in range(0, len(points) - 1, 2)]
+
+
+def test_a_token_over_two_of_the_trainers_gives_each_its_bytes_share() -> None:
+    np.testing.assert_allclose(spread(np.array([3.0, 1.0]), [(0, 3), (3, 4)], [(0, 1), (1, 4)]), [1.0, 3.0])
+
+
+def test_a_character_split_between_tokens_is_shared_by_bytes() -> None:
+    # One four-byte character: the model has tokens of 3 and 1 bytes, the trainer of 2 and 2.
+    np.testing.assert_allclose(spread(np.array([3.0, 5.0]), [(0, 3), (3, 4)], [(0, 2), (2, 4)]), [2.0, 6.0])
+
+
+def test_a_token_that_no_slot_shares_goes_to_the_next_one_or_the_last() -> None:
+    targets = [(0, 2), (3, 5)]
+    values = spread(np.array([1.0, 10.0, 100.0, 1000.0]), [(0, 2), (2, 3), (3, 5), (5, 9)], targets)
+    np.testing.assert_allclose(values, [1.0, 1110.0])
+
+
+@given(data=st.data(), size=st.integers(0, 30))
+def test_spreading_equals_the_byte_by_byte_reading_and_keeps_the_sum(data: st.DataObject, size: int) -> None:
+    sources = data.draw(cuts(size))
+    targets = data.draw(gappy(size))
+    values = data.draw(st.lists(st.floats(-9, 9), min_size=len(sources), max_size=len(sources)))
+    result = spread(np.array(values, dtype=np.float64), sources, targets)
+    np.testing.assert_allclose(result, naive_spread(values, sources, targets), atol=1e-9)
+    assert result.sum() == pytest.approx(sum(values), abs=1e-9)
+
+
+def test_the_sparse_share_lands_on_the_trainers_last_token_whatever_the_models_tokens_are() -> None:
+    credit = Credit(np.array([1.0, 3.0]))
+    slots = Slots(3, [(0, 1), (1, 2), (2, 4)])
+    rewards, baseline = place(credit, 4.0, 0.5, slots, [(0, 2), (2, 4)])
+    np.testing.assert_allclose(rewards, [0.25, 0.25, 1.5 + 2.0])
+    assert baseline == 0.0
+
+
+def test_beta_scales_the_baseline_with_the_dense_rewards() -> None:
+    rewards, baseline = place(Credit(np.array([1.0, 2.0]), baseline=0.5), 3.5, 0.5, Slots(2), None)
+    np.testing.assert_allclose(rewards, [0.5, 1.0 + 1.75])
+    assert baseline == 0.25
+
+
+def test_masked_slots_get_nothing_and_their_share_moves_to_the_next_kept_slot_or_the_last() -> None:
+    credit = Credit(np.array([1.0, 2.0, 4.0, 8.0, 16.0]))
+    rewards, _ = place(credit, 31.0, 1.0, Slots(5, kept=[1, 3]), None)
+    np.testing.assert_array_equal(rewards, [0, 3, 0, 28, 0])
+
+
+def test_a_mask_that_keeps_nothing_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="keeps no token"):
+        Slots(2, kept=[])
+
+
+def test_numbers_that_are_not_finite_or_do_not_sum_never_leave() -> None:
+    with pytest.raises(EngineFailure, match="not finite"):
+        place(Credit(np.array([np.nan, 1.0])), 1.0, 1.0, Slots(2), None)
+    with pytest.raises(EngineFailure, match="sum to 3"):
+        place(Credit(np.array([1.0, 2.0])), 4.0, 1.0, Slots(2), None)
+
+
+@given(
+    values=st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=20),
+    beta=st.floats(0, 1),
+    baseline=st.floats(-5, 5),
+    data=st.data(),
+)
+def test_sums_survive_every_mix_and_mask(
+    values: list[float], beta: float, baseline: float, data: st.DataObject
+) -> None:
+    kept = data.draw(st.one_of(st.none(), st.sets(st.integers(0, len(values) - 1), min_size=1).map(sorted)))
+    reward = sum(values) + baseline
+    credit = Credit(np.array(values, dtype=np.float64), baseline=baseline)
+    rewards, left = place(credit, reward, beta, Slots(len(values), kept=kept), None)
+    assert rewards.dtype == np.float32
+    assert rewards.sum(dtype=np.float64) + left == pytest.approx(
+        reward, abs=1e-5 * max(1.0, float(np.abs(rewards).sum()))
+    )
+    if kept is not None:
+        assert not rewards[[i for i in range(len(values)) if i not in kept]].any()
