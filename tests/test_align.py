@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from densereward.align import Aligned, Aligner
 from densereward.errors import InvalidRequest, TooLong
 from densereward_client.wire import Sample

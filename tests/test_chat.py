@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 
+import tiny
 from densereward.chat import ChatTemplate
 from densereward.errors import InvalidRequest, ModelError
 

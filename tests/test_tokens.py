@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
-import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+import tiny
 from densereward.errors import ModelError
 from densereward.tokens import Vocabulary
 
@@ -31,7 +33,7 @@ def test_byte_level_spans_cover_every_byte_of_the_text_in_order(text: str) -> No
 def test_any_text_has_spans_that_spell_it_out(text: str) -> None:
     spans = BYTE_LEVEL.spans_in_text(text, BYTE_LEVEL.encode(text))
     assert [stop for _, stop in spans][-1:] == [len(text.encode())][: len(spans)]
-    assert all(first[1] == second[0] for first, second in zip(spans, spans[1:], strict=False))
+    assert all(first[1] == second[0] for first, second in itertools.pairwise(spans))
 
 
 @pytest.mark.parametrize("text", ["Thank you", "good 😀 food", "東京", "😀", "k"])
@@ -41,7 +43,7 @@ def test_tokens_of_a_tokenizer_that_adds_a_space_still_lie_in_the_text(text: str
     assert len(spans) == len(encoding.ids)
     assert spans[0][0] == 0
     assert spans[-1][1] == len(text.encode())
-    assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
     assert sum(stop - start for start, stop in spans) == len(text.encode())
 
 

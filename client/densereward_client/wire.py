@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,12 +57,20 @@ def encode_base64(array: NDArray[np.float32]) -> str:
 
 
 def _decode_floats(value: str | Iterable[float] | NDArray[np.float32]) -> NDArray[np.float32]:
-    if not isinstance(value, str):
-        return np.asarray(value, dtype=np.float32)
     try:
-        return np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4").astype(np.float32)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError("not base64 of little-endian float32 values") from error
+        if isinstance(value, str):
+            return np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4").astype(np.float32)
+        array = np.asarray(value, dtype=np.float32)
+    except (binascii.Error, ValueError, TypeError, OverflowError) as error:
+        raise ValueError("neither a list of numbers nor base64 of little-endian float32 values") from error
+    if array.ndim != 1:
+        raise ValueError(f"{array.ndim} dimensions where there must be one")
+    return array
+
+
+def _as_list(value: Any) -> Any:
+    """Arrays and tensors as trainers hold them, as lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 FloatArray = Annotated[
@@ -72,6 +80,10 @@ FloatArray = Annotated[
     WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string"}]}),
 ]
 """float32[T]; on the wire a list of numbers, or base64 of little-endian float32 values."""
+
+
+_T = TypeVar("_T")
+_Listed = Annotated[_T, BeforeValidator(_as_list)]
 
 
 class _Request(BaseModel):
@@ -97,21 +109,25 @@ class Sample(_Request):
     id: str | None = Field(None, description="Echoed in the answer.")
     prompt: str | None = Field(None, description="Prompt text as it stands; template tokens in it are recognised.")
     messages: list[Message] | None = Field(None, description="Dialogue, rendered with the model's chat template.")
-    prompt_token_ids: list[StrictInt] | None = Field(None, description="The prompt in the reward model's own tokens.")
+    prompt_token_ids: _Listed[list[StrictInt]] | None = Field(
+        None, description="The prompt in the reward model's own tokens."
+    )
     response: str | None = Field(None, description="Response text.")
-    response_token_ids: list[StrictInt] | None = Field(
+    response_token_ids: _Listed[list[StrictInt]] | None = Field(
         None, description="The response in the reward model's own tokens."
     )
-    response_spans: list[tuple[NonNegativeInt, NonNegativeInt]] | None = Field(
+    response_spans: _Listed[list[tuple[NonNegativeInt, NonNegativeInt]]] | None = Field(
         None,
         description="[start, end) of the policy's tokens in `response`, in UTF-8 bytes; rewards come back on them.",
     )
-    response_mask: list[Literal[0, 1]] | None = Field(
+    response_mask: _Listed[list[Literal[0, 1]]] | None = Field(
         None, description="0 gets reward 0; its share moves to the next kept token, or the last kept one."
     )
     finished: bool = Field(True, description="False: cut by length, so no closing tokens are scored.")
-    weights: list[FiniteFloat] | None = Field(None, description="One per token, for the method `weights`.")
-    token_entropies: list[FiniteFloat] | None = Field(None, description="The policy's entropies, one per token (nats).")
+    weights: _Listed[list[FiniteFloat]] | None = Field(None, description="One per token, for the method `weights`.")
+    token_entropies: _Listed[list[FiniteFloat]] | None = Field(
+        None, description="The policy's entropies, one per token (nats)."
+    )
 
     @model_validator(mode="after")
     def _one_prompt_and_one_response(self) -> Self:

@@ -86,7 +86,7 @@ def token_rewards_item(
 
 
 def _credit(plan: Plan, aligned: Aligned, captured: Captured) -> Credit:
-    """The method's credit; without a response token all of R is on the last slot, or left out if there is none."""
+    """The method's credit; without a response token, all of R on the last slot."""
     if captured.length:
         return plan.method.credit(captured, aligned.trainer_tokens, plan.params)
     rewards = np.zeros(aligned.slots.count)
@@ -94,7 +94,6 @@ def _credit(plan: Plan, aligned: Aligned, captured: Captured) -> Credit:
     return Credit(
         rewards,
         on="slots",
-        baseline=0.0 if len(rewards) else captured.reward,
         warnings=("empty_response: the response holds no token, so no method could share the reward out",),
     )
 

@@ -56,6 +56,9 @@ class DenseRewardError(Exception):
         self.error_code = code or type(self).code
         self.details = details
 
+    def __str__(self) -> str:
+        return self.message
+
     def as_error(self) -> dict[str, Any]:
         """The contract's error object."""
         return {"code": self.error_code, "message": self.message, "details": self.details}

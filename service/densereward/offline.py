@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import orjson
 from pydantic import ValidationError
@@ -94,7 +94,7 @@ class ScoredLines:
             self.errors += "error" in item
         self._file.flush()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ScoredLines:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -51,11 +51,13 @@ def place(
         token_spans: the reward model's tokens in the response; needed where the trainer sent spans.
 
     Returns:
-        The rewards, and the baseline that their sum leaves out.
+        The rewards, and the baseline that their sum leaves out; without a slot that is all of R.
 
     Raises:
         EngineFailure: a reward is not finite, or the sum is not what it must be.
     """
+    if not slots.count:
+        return np.zeros(0, np.float32), reward
     dense = credit.rewards
     if credit.on == "tokens" and slots.spans is not None:
         if token_spans is None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from typing import Any, cast
@@ -21,6 +23,8 @@ from densereward_client import AsyncClient, Client
 from densereward_client.wire import encode_base64
 
 Json = dict[str, Any]
+
+TEST_SECONDS = 20  # the slowest test takes 1
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class ScriptedServer:
         self._closing = threading.Event()
         self._http = _Listener(("127.0.0.1", port), _Handler)
         self._http.scripted = self
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
+        serve = partial(self._http.serve_forever, poll_interval=0.01)
+        self._thread = threading.Thread(target=serve, daemon=True)  # a test that fails may leave it open
         self._thread.start()
 
     @property
@@ -228,6 +233,20 @@ class BlockingAsyncClient:
 
 
 MakeClient = Callable[..., Client]
+
+
+@pytest.fixture(autouse=True)
+def time_limit() -> Iterator[None]:
+    """A test that would wait for ever, as it may where a retry or a deadline is broken, fails instead."""
+
+    def stop(*_: object) -> None:
+        pytest.fail(f"not done after {TEST_SECONDS} s")  # no Exception, so that nothing under test takes it for its own
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, TEST_SECONDS, TEST_SECONDS)  # again, should the clean-up wait too
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -218,7 +218,7 @@ AN_ERROR = {"code": "too_long", "message": "9 tokens, and 8 is the limit"}
         (_set(1, "token_rewards", {"red": [0.25, math.nan, 0.25]}), "item 1: red is not finite at 1"),
         (_set(1, "token_rewards", {"red": [0.25, None, 0.25]}), "item 1: red is not finite at 1"),
         (_set(1, "token_rewards", {"red": [math.inf, 0.0, 0.0]}), "item 1: red is not finite at 0"),
-        (_set(1, "token_rewards", {"red": [[0.25] * 3]}), r"item 1: red has the shape \(1, 3\)"),
+        (_set(1, "token_rewards", {"red": [[0.25] * 3]}), r"data\.1\.token_rewards\.red\n.*2 dimensions"),
         (_set(1, "token_rewards", {"red": 0.75}), "red"),
         (_set(1, "token_rewards", {"red": {"0": 0.75}}), "TokenRewardsResponse"),
         (_set(1, "token_rewards", {"red": "AAAA"}), "base64"),
@@ -399,7 +399,7 @@ def test_the_pause_doubles_up_to_its_limit_and_never_uses_the_shared_random_numb
         longest.append(high)
         return 0.0
 
-    monkeypatch.setattr("densereward_client._client._jitter.uniform", record, raising=True)
+    monkeypatch.setattr("densereward_client._attempts._jitter.uniform", record, raising=True)
     before = random.getstate()
     for _ in range(7):
         server.will_refuse(503)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from densereward.metrics import Metrics
 from densereward.settings import ServerSettings
 

@@ -14,7 +14,7 @@ from densereward.capture import AttentionRow, Captured, PrefixScores
 from densereward.errors import InvalidRequest
 from densereward.methods import METHODS
 from densereward.methods.abc import MASS_FLOOR
-from densereward.methods.base import Credit, Params, TrainerTokens
+from densereward.methods.base import Credit, Method, Params, TrainerTokens
 
 # Three response tokens after a prompt scored 0.25; the closing token's score, 2.0, is R.
 CAPTURED = Captured(
@@ -31,7 +31,7 @@ TOKENS = TrainerTokens(count=3)
 
 
 def credit(name: str, captured: Captured = CAPTURED, tokens: TrainerTokens = TOKENS, **params: Any) -> Credit:
-    method = METHODS[name]()
+    method: Method[Any] = METHODS[name]()
     return method.credit(captured, tokens, method.params_type(**params))
 
 

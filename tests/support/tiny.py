@@ -72,8 +72,7 @@ def make_config(architecture: str, **changes: Any) -> Any:
     common = {"vocab_size": 320, "num_labels": 1, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
     if architecture == "gpt2":
         return GPT2Config(n_embd=64, n_layer=3, n_head=4, n_positions=2048, **common | changes)
-    special: dict[str, Any]
-    kind, special = {
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
         "llama": (LlamaConfig, {}),
         "qwen3": (Qwen3Config, {"head_dim": 32}),
         "mistral": (MistralConfig, {"sliding_window": 9}),
@@ -81,19 +80,21 @@ def make_config(architecture: str, **changes: Any) -> Any:
             Gemma2Config,
             {"head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
         ),
-    }[architecture]
+    }
+    kind, special = kinds[architecture]
     return kind(**_SIZE | special | common | changes)
 
 
 def make_model(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model whose matrices are large enough for attention to differ from uniform."""
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_config(make_config(architecture, **changes))
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(make_config(architecture, **changes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def save(folder: Path, architecture: str = "llama", *, adds_bos: bool = False, **changes: Any) -> Path:

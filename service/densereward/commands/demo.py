@@ -37,7 +37,7 @@ class Demo(ModelSettings, cli_prog_name="densereward demo", **FLAGS):
         console = Console()
         console.print(f"Starting a server with the model [bold]{self.model}[/bold] ...")
         with _server(self) as url:
-            with Client(url) as client:
+            with Client(url, trust_env=False) as client:
                 samples = [{"messages": [{"role": "user", "content": ""}], "response": text} for text in _RESPONSES]
                 answer = client.token_rewards(samples, methods=list(_METHODS), include=["tokens"])
             console.print(f"POST {url}/token_rewards, {len(samples)} responses, {answer.timing.total_ms:.0f} ms\n")
@@ -60,7 +60,7 @@ def _server(model: ModelSettings) -> Iterator[str]:
         thread.start()
         try:
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            with Client(url) as client:
+            with Client(url, trust_env=False) as client:
                 while not client.ready():
                     if server.failed or not thread.is_alive():
                         raise ModelError("the server did not start; the reason stands above")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from densereward.capture import Captured, Need, ScoringInput
 
@@ -38,6 +38,7 @@ class EngineFacts:
     weights_fingerprint: str
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs the reward model.
 

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import reference
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from densereward.capture import AttentionRow, Captured, PrefixScores, ScoringInput
+import reference
+import tiny
+from densereward.capture import AttentionRow, Captured, Need, PrefixScores, ScoringInput
 from densereward.engines.torch.engine import TorchEngine
 from densereward.errors import EngineFailure, ModelError
 
 LAYERS = 3
-ALL = frozenset([PrefixScores(), *(AttentionRow(layer) for layer in range(LAYERS))])
+ALL: frozenset[Need] = frozenset([PrefixScores(), *(AttentionRow(layer) for layer in range(LAYERS))])
 
 
 @pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TorchEngine, Any]]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TorchEngine, Any]:
     """Our engine and the eager reference on the same random weights."""
     folder = tiny.save(tmp_path_factory.mktemp(request.param), request.param)
-    yield TorchEngine.load(str(folder), device="cpu"), reference.eager(folder)
+    return TorchEngine.load(str(folder), device="cpu"), reference.eager(folder)
 
 
 def sequence(length: int, prompt: int, closing: int = 0, *, seed: int = 0, needs: Any = ALL) -> ScoringInput:
@@ -235,7 +234,7 @@ def test_a_model_whose_head_is_not_in_its_files_is_refused(tmp_path: Path) -> No
 
 
 def test_the_weights_fingerprint_changes_with_one_weight(tiny_llama: Path) -> None:
-    model = tiny.make_model("llama")
+    model: Any = tiny.make_model("llama")
     first = TorchEngine(_prepared(model)).facts.weights_fingerprint
     assert TorchEngine(_prepared(model)).facts.weights_fingerprint == first
     with torch.no_grad():

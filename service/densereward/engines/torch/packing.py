@@ -33,7 +33,7 @@ class PackedBatch:
     token_ids: Int64[Tensor, "1 N"]
     position_ids: Int64[Tensor, "1 N"]
     bounds: list[int]
-    cumulative_lengths: Int32[Tensor, " B+1"]
+    cumulative_lengths: Int32[Tensor, " _"]
     segment: Int64[Tensor, " N"]
     scored: Int64[Tensor, " B"]
     read: Int64[Tensor, " M"]

@@ -1,0 +1,74 @@
+"""An engine whose numbers are plain to see, which can be held, broken, and watched."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from densereward.capture import AttentionRow, Captured, Need, PrefixScores, ScoringInput
+from densereward.engines.base import EngineFacts
+
+FACTS = EngineFacts(
+    engine="fake",
+    family="Fake",
+    head="fake",
+    device="cpu",
+    dtype="float32",
+    max_length=4096,
+    vocabulary_size=320,
+    layers=2,
+    weights_fingerprint="0",
+)
+
+
+class FakeEngine:
+    """The score of a sequence is the sum of its ids; a prefix's is the sum so far; rows are even.
+
+    Attributes:
+        batches: the ids of every batch run, in order.
+        gate: while it is clear, `forward` waits.
+        poison: a batch that holds this id raises.
+    """
+
+    facts = FACTS
+
+    def __init__(self) -> None:
+        self.batches: list[list[list[int]]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.started = threading.Event()
+        self.poison: int | None = None
+        self.closed = False
+
+    @property
+    def provides(self) -> frozenset[Need]:
+        return frozenset([PrefixScores(), *(AttentionRow(layer) for layer in range(-2, 2))])
+
+    def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+        self.started.set()
+        self.gate.wait(10)
+        self.batches.append([list(each.token_ids) for each in batch])
+        if any(self.poison in each.token_ids for each in batch):
+            raise RuntimeError("poisoned")
+        return [self._captured(each) for each in batch]
+
+    def close(self) -> None:
+        self.closed = True
+
+    @staticmethod
+    def _captured(each: ScoringInput) -> Captured:
+        sums = np.cumsum(each.token_ids, dtype=np.float32)
+        length = each.response_length
+        return Captured(
+            reward=float(sums[each.scored_position]),
+            length=length,
+            prompt_score=float(sums[each.prompt_length - 1]) if each.prompt_length else None,
+            prefix_scores=sums[each.prompt_length : each.response_stop],
+            attention_rows={
+                need.layer: np.full(length, 0.5 / max(length, 1), np.float32)
+                for need in each.needs
+                if isinstance(need, AttentionRow)
+            },
+        )

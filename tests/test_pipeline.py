@@ -1,0 +1,245 @@
+"""From samples to answers on a real small model: sums, slots, order, and errors in their places."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from densereward.align import Aligner
+from densereward.batcher import Batcher
+from densereward.engines.base import Engine
+from densereward.errors import DenseRewardError, InvalidRequest
+from densereward.metrics import Metrics
+from densereward.pipeline import Pipeline
+from densereward.service import load
+from densereward.settings import ModelSettings
+from densereward_client.wire import TokenRewardsRequest, TokenRewardsResponse
+
+METHODS = ["red", "abc", "uniform", "sparse", "weights"]
+
+
+class Offline:
+    """A pipeline that is called without a running loop."""
+
+    def __init__(self, engine: Engine, aligner: Aligner) -> None:
+        self.engine, self.aligner = engine, aligner
+
+    def __call__(self, samples: list[Any], **request: Any) -> TokenRewardsResponse:
+        return asyncio.run(self._answer(samples, request))
+
+    async def _answer(self, samples: list[Any], request: dict[str, Any]) -> TokenRewardsResponse:
+        metrics = Metrics()
+        batcher = Batcher(self.engine, max_batch_tokens=512, max_queue_tokens=10**6, metrics=metrics)
+        pipeline = Pipeline("tiny", self.engine, self.aligner, batcher, metrics)
+        parsed = TokenRewardsRequest.model_validate({"samples": samples} | request)
+        try:
+            answer = await pipeline.token_rewards(parsed, parsed.samples)
+        finally:
+            await batcher.close()
+        return TokenRewardsResponse.model_validate(answer)
+
+
+@pytest.fixture(scope="module")
+def score(tiny_llama: Path) -> Offline:
+    return Offline(*load(ModelSettings(model=str(tiny_llama), device="cpu")))
+
+
+@st.composite
+def spans_of(draw: st.DrawFn, text: str) -> list[tuple[int, int]]:
+    """Cuts anywhere in the bytes, characters split included."""
+    size = len(text.encode())
+    inner = sorted(draw(st.lists(st.integers(0, size), max_size=6)))
+    points = [0, *inner, size]
+    return list(itertools.pairwise(points))
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> dict[str, Any]:
+    text = draw(st.sampled_from(["ok", "😀👩‍👩‍👧", "東京へ", "e\u0301a\u0300", "Thank you", " a\n"]))
+    text += draw(st.text(max_size=12))
+    sample: dict[str, Any] = {"response": text, "finished": draw(st.booleans())}
+    sample |= draw(
+        st.sampled_from(
+            [
+                {"prompt": ""},
+                {"prompt": "Why? "},
+                {"messages": [{"role": "user", "content": ""}]},
+                {"prompt_token_ids": [5]},
+            ]
+        )
+    )
+    if not draw(st.booleans()):
+        sample["response_token_ids"] = draw(st.lists(st.integers(0, 319), min_size=1, max_size=20))
+        del sample["response"]
+        count = len(sample["response_token_ids"])
+    else:
+        sample["response_spans"] = draw(spans_of(text))
+        count = len(sample["response_spans"])
+    sample["weights"] = draw(st.lists(st.floats(0.1, 9), min_size=count, max_size=count))
+    if draw(st.booleans()):
+        mask = draw(st.lists(st.integers(0, 1), min_size=count, max_size=count).filter(any))
+        sample["response_mask"] = mask
+    return sample
+
+
+@settings(max_examples=60)
+@given(batch=st.lists(samples(), min_size=1, max_size=4), beta=st.floats(0, 1))
+def test_every_methods_rewards_and_baseline_sum_to_the_reward_on_the_trainers_tokens(
+    score: Offline, batch: list[dict[str, Any]], beta: float
+) -> None:
+    answer = score(batch, methods=[{"name": name, "beta": beta} for name in METHODS])
+    for sample, item in zip(batch, answer.data, strict=True):
+        slots = sample.get("response_spans") or sample["response_token_ids"]
+        for name in METHODS:
+            rewards = item.token_rewards[name]
+            assert rewards.shape == (len(slots),)
+            assert np.isfinite(rewards).all()
+            assert item.reward is not None
+            total = rewards.sum(dtype=np.float64) + item.baseline[name]
+            assert total == pytest.approx(item.reward, abs=1e-5 * max(1.0, float(np.abs(rewards).sum())))
+            if "response_mask" in sample:
+                assert not rewards[np.array(sample["response_mask"]) == 0].any()
+
+
+def test_token_rewards_are_the_paper_formulas_on_an_independent_reading_of_the_model(
+    score: Offline, tiny_llama: Path
+) -> None:
+    model = reference.eager(tiny_llama)
+    prompt, response, closing = [5, 6, 7], [20, 30, 40, 50], [2, 201]
+    item = score(
+        [{"prompt_token_ids": prompt, "response_token_ids": response}],
+        methods=["red", "abc", "uniform", "sparse"],
+        include=["prefix_scores", "attention"],
+    ).data[0]
+    s = reference.prefix_scores(model, prompt, response)
+    reward = reference.score(model, [*prompt, *response, *closing])
+    assert item.reward == pytest.approx(reward, abs=1e-5)
+    expected = [s[1] - s[0], s[2] - s[1], s[3] - s[2], reward - s[3]]
+    np.testing.assert_allclose(item.token_rewards["red"], expected, atol=1e-5)
+    assert item.baseline["red"] == pytest.approx(s[0], abs=1e-5)
+    assert item.prompt_score == pytest.approx(s[0], abs=1e-5)
+    assert item.prefix_scores is not None
+    np.testing.assert_allclose(item.prefix_scores, np.array(s[1:]), atol=1e-5)
+    row = reference.padded(model, [[*prompt, *response, *closing]])[0].rows[-1, 3:7].numpy()
+    assert item.attention is not None
+    np.testing.assert_allclose(item.attention, row, atol=1e-6)
+    dense = row / row.sum() * reward
+    np.testing.assert_allclose(item.token_rewards["abc"], 0.8 * dense + [0, 0, 0, 0.2 * reward], atol=1e-5)
+    assert item.attention_mass is not None
+    assert item.attention_mass["abc"] == pytest.approx(row.sum(), abs=1e-6)
+    np.testing.assert_allclose(item.token_rewards["uniform"], [reward / 4] * 4, atol=1e-5)
+    np.testing.assert_allclose(item.token_rewards["sparse"], [0, 0, 0, reward], atol=1e-5)
+
+
+def test_ids_and_their_text_are_the_same_sample(score: Offline) -> None:
+    vocabulary = score.aligner.vocabulary
+    chat = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    prompt, response = vocabulary.encode(chat).ids, vocabulary.encode("Thank you 😀").ids
+    answer = score(
+        [
+            {"messages": [{"role": "user", "content": "Why?"}], "response": "Thank you 😀"},
+            {"prompt": chat, "response": "Thank you 😀"},
+            {"prompt_token_ids": prompt, "response_token_ids": response},
+            {"prompt_token_ids": prompt, "response": "Thank you 😀"},
+        ],
+        methods=["red", "abc"],
+    )
+    for item in answer.data[1:]:
+        assert item.reward == pytest.approx(answer.data[0].reward, abs=1e-6)
+        for method in ("red", "abc"):
+            np.testing.assert_allclose(item.token_rewards[method], answer.data[0].token_rewards[method], atol=1e-6)
+
+
+def test_one_slot_per_model_token_is_the_same_as_none(score: Offline) -> None:
+    sample = {"prompt": "", "response": "Thank 😀 you"}
+    plain = score([sample], include=["spans"]).data[0]
+    mapped = score([sample | {"response_spans": plain.spans}]).data[0]
+    np.testing.assert_allclose(mapped.token_rewards["red"], plain.token_rewards["red"], atol=1e-7)
+
+
+def test_one_slot_for_the_whole_response_gets_the_whole_reward(score: Offline) -> None:
+    sample = {"prompt": "Why?", "response": "So 😀", "response_spans": [(0, 7)]}
+    item = score([sample], methods=["red", "abc"]).data[0]
+    assert item.reward is not None
+    assert item.token_rewards["red"][0] == pytest.approx(item.reward - item.baseline["red"], abs=1e-6)
+    assert item.token_rewards["abc"][0] == pytest.approx(item.reward, abs=1e-6)
+
+
+def test_an_empty_response_is_scored_and_says_that_nothing_could_be_shared_out(score: Offline) -> None:
+    empty = score([{"prompt": "Why?", "response": ""}]).data[0]
+    assert empty.token_rewards["red"].shape == (0,)
+    assert empty.baseline["red"] == empty.reward
+    assert empty.warnings[0].startswith("empty_response:")
+    with_slot = score([{"prompt": "Why?", "response": "", "response_spans": [(0, 0)]}]).data[0]
+    assert with_slot.token_rewards["red"] == pytest.approx([with_slot.reward])
+
+
+def test_the_tokens_and_spans_included_are_the_responses(score: Offline) -> None:
+    item = score([{"prompt": "Why? ", "response": "So it is."}], include=["tokens", "spans"]).data[0]
+    assert item.tokens is not None
+    assert "".join(item.tokens) == "So it is."
+    assert item.spans is not None
+    assert [stop - start for start, stop in item.spans] == [len(token) for token in item.tokens]
+
+
+BAD = {"prompt": "", "response_token_ids": [99999], "id": "b"}
+GOOD = {"prompt": "Why?", "response": "So."}
+
+
+def test_one_bad_sample_fails_the_request_and_is_named(score: Offline) -> None:
+    with pytest.raises(InvalidRequest, match=r"samples\[1\]: token id 99999") as refused:
+        score([GOOD, BAD])
+    assert refused.value.details["index"] == 1
+    assert refused.value.details["id"] == "b"
+
+
+def test_under_on_error_item_the_rest_are_served(score: Offline) -> None:
+    answer = score([GOOD, BAD, GOOD], on_error="item")
+    assert [item.index for item in answer.data] == [0, 1, 2]
+    assert answer.data[1].error is not None
+    assert answer.data[1].error.code == "id_out_of_vocabulary"
+    assert answer.data[1].id == "b"
+    assert answer.data[0].reward == answer.data[2].reward
+
+
+@pytest.mark.parametrize(
+    ("methods", "code"),
+    [
+        (["nonsense"], "unknown_method"),
+        ([{"name": "abc", "layers": [7]}], "method_unavailable"),
+        ([{"name": "abc", "betta": 1}], "invalid_params"),
+        ([{"name": "red", "first_token": "x"}], "invalid_params"),
+        (["red", "red"], "repeated_method"),
+        (["weights"], "missing_weights"),
+    ],
+)
+def test_methods_that_cannot_be_served_are_refused_before_anything_runs(
+    score: Offline, methods: list[Any], code: str
+) -> None:
+    with pytest.raises(DenseRewardError) as refused:
+        score([GOOD], methods=methods)
+    assert (refused.value.error_code, refused.value.status) == (code, 422)
+
+
+def test_one_method_twice_under_two_labels(score: Offline) -> None:
+    asked = [{"name": "abc", "beta": 1.0}, {"name": "abc", "beta": 0.0, "label": "sparse_abc"}]
+    item = score([GOOD], methods=asked).data[0]
+    assert list(item.token_rewards) == ["abc", "sparse_abc"]
+    assert item.token_rewards["sparse_abc"][-1] == pytest.approx(item.reward)
+
+
+def test_base64_holds_the_same_numbers(score: Offline) -> None:
+    plain = score([GOOD], include=["prefix_scores"]).data[0]
+    encoded = score([GOOD], include=["prefix_scores"], encoding_format="base64").data[0]
+    np.testing.assert_array_equal(plain.token_rewards["red"], encoded.token_rewards["red"])
+    assert plain.prefix_scores is not None
+    assert encoded.prefix_scores is not None
+    np.testing.assert_array_equal(plain.prefix_scores, encoded.prefix_scores)
