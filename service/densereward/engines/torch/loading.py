@@ -95,8 +95,9 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     with torch.inference_mode():
         for name, tensor in model.state_dict().items():
-            flat = tensor.detach().flatten()[: 2**24].float()
-            ramp = torch.arange(len(flat), device=flat.device) % 8191 + 1
-            sums = torch.stack([flat.sum(), (flat * ramp).sum()]).cpu().numpy().tobytes()
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sums)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            for part in tensor.detach().flatten().split(2**24):
+                values = part.double()
+                places = torch.arange(len(values), device=values.device) % 8191 + 1
+                digest.update(torch.stack([values.sum(), (values * places).sum()]).cpu().numpy().tobytes())
     return digest.hexdigest()
