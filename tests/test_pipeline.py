@@ -23,6 +23,7 @@ from densereward.service import load
 from densereward.settings import ModelSettings
 from densereward_client.wire import TokenRewardsRequest, TokenRewardsResponse
 
+CLOSED = {"name": "red", "prefix_mode": "closed", "label": "red_closed"}
 METHODS = ["red", "abc", "uniform", "sparse", "weights"]
 
 
@@ -95,10 +96,10 @@ def samples(draw: st.DrawFn) -> dict[str, Any]:
 def test_every_methods_rewards_and_baseline_sum_to_the_reward_on_the_trainers_tokens(
     score: Offline, batch: list[dict[str, Any]], beta: float
 ) -> None:
-    answer = score(batch, methods=[{"name": name, "beta": beta} for name in METHODS])
+    answer = score(batch, methods=[*({"name": name, "beta": beta} for name in METHODS), CLOSED])
     for sample, item in zip(batch, answer.data, strict=True):
         slots = sample.get("response_spans") or sample["response_token_ids"]
-        for name in METHODS:
+        for name in (*METHODS, "red_closed"):
             rewards = item.token_rewards[name]
             assert rewards.shape == (len(slots),)
             assert np.isfinite(rewards).all()
@@ -137,6 +138,20 @@ def test_token_rewards_are_the_paper_formulas_on_an_independent_reading_of_the_m
     assert item.attention_mass["abc"] == pytest.approx(row.sum(), abs=1e-6)
     np.testing.assert_allclose(item.token_rewards["uniform"], [reward / 4] * 4, atol=1e-5)
     np.testing.assert_allclose(item.token_rewards["sparse"], [0, 0, 0, reward], atol=1e-5)
+
+
+def test_closed_prefixes_are_scored_as_if_the_response_ended_there(score: Offline, tiny_llama: Path) -> None:
+    model = reference.eager(tiny_llama)
+    prompt, response, closing = [5, 6, 7], [20, 30, 40, 50], [2, 201]
+    sample = {"prompt_token_ids": prompt, "response_token_ids": response}
+    asked = [{"name": "red", "prefix_mode": "closed"}, {"name": "red", "label": "open"}]
+    item = score([sample, sample | {"finished": False}], methods=asked).data
+    s = np.array(reference.prefix_scores(model, prompt, response, closing=closing))
+    np.testing.assert_allclose(item[0].token_rewards["red"], np.diff(s), atol=1e-5)
+    assert item[0].baseline["red"] == pytest.approx(s[0], abs=1e-5)
+    assert item[0].reward == pytest.approx(s[-1], abs=1e-5)
+    assert np.abs(item[0].token_rewards["red"] - item[0].token_rewards["open"]).max() > 1e-3
+    assert item[1].warnings[0].startswith("unfinished:")
 
 
 def test_ids_and_their_text_are_the_same_sample(score: Offline) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny
-from densereward.capture import Captured, ScoringInput
+from densereward.capture import Captured, Prefixes, ScoringInput
 from densereward.engines.torch import attention
 from densereward.engines.torch.engine import TorchEngine
 from densereward.errors import ModelError
@@ -32,14 +32,21 @@ class Spoilt(FakeEngine):
 
     def _wrong(self, each: Captured) -> Any:
         array = np.full(each.length, self.number, np.float32)
-        return {"reward": self.number, "prefix_scores": array, "attention_rows": {-1: array}}[self.field]
+        prefixes = {"open": Prefixes(0.0, array)}
+        return {"reward": self.number, "prefixes": prefixes, "attention_rows": {-1: array}}[self.field]
 
 
 class Moody(FakeEngine):
     """Scores depend on how many share the batch."""
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
-        return [replace(each, reward=each.reward * (1 + len(batch))) for each in super().forward(batch)]
+        moved = []
+        for each in super().forward(batch):
+            closed = each.prefixes["closed"].after + np.float32(len(batch))
+            moved.append(
+                replace(each, reward=each.reward + len(batch) * 1.0, prefixes={"closed": Prefixes(0.0, closed)})
+            )
+        return moved
 
 
 def packed(model: Any) -> TorchEngine:
@@ -55,16 +62,16 @@ def test_a_sound_model_passes(architecture: str) -> None:
 
 def test_a_model_shorter_than_the_probes_is_checked_with_those_that_fit() -> None:
     engine = FakeEngine()
-    engine.facts = replace(FACTS, max_length=8)
+    engine.facts = replace(FACTS, max_length=12)
     self_check(engine)
-    assert max(len(ids) for batch in engine.batches for ids in batch) == 7
+    assert max(len(ids) for batch in engine.batches for ids in batch) == 9
 
 
 @pytest.mark.parametrize(
     ("engine", "complaint"),
     [
         (Spoilt("reward", float("nan")), "not finite"),
-        (Spoilt("prefix_scores", float("inf")), "not finite"),
+        (Spoilt("prefixes", float("inf")), "not finite"),
         (Spoilt("attention_rows", 0.9), "not a share of 1"),
         (Spoilt("attention_rows", -0.1), "not a share of 1"),
         (Moody(), "move by .* with the batch"),
@@ -73,6 +80,18 @@ def test_a_model_shorter_than_the_probes_is_checked_with_those_that_fit() -> Non
 def test_a_model_with_a_fault_is_named(engine: FakeEngine, complaint: str) -> None:
     with pytest.raises(ModelError, match=complaint):
         self_check(engine)
+
+
+def test_closed_prefixes_that_do_not_end_in_the_reward_are_found() -> None:
+    class Unclosed(FakeEngine):
+        def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+            return [
+                replace(each, prefixes={"closed": Prefixes(0.0, each.prefixes["closed"].after + 1000)})
+                for each in super().forward(batch)
+            ]
+
+    with pytest.raises(ModelError, match="closed prefix that is all of it"):
+        self_check(Unclosed())
 
 
 def test_a_weight_that_is_not_a_number_is_found() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from densereward.capture import ScoringInput, Span
+from densereward.capture import ScoringInput, Span, missing_closing
 from densereward.chat import ChatTemplate
 from densereward.errors import InvalidRequest, TooLong
 from densereward.methods.base import TrainerTokens
@@ -86,7 +86,7 @@ class Aligner:
             TooLong: more tokens than the model reads.
         """
         text = self._tokenize(sample)
-        closing = self._missing_closing(text.response_ids) if sample.finished else []
+        closing = missing_closing(text.response_ids, self.closing_ids) if sample.finished else []
         token_ids = [*text.prompt_ids, *text.response_ids, *closing]
         self._check_ids(token_ids)
         sequence = ScoringInput(
@@ -94,10 +94,11 @@ class Aligner:
             prompt_length=len(text.prompt_ids),
             response_length=len(text.response_ids),
             scored_position=len(token_ids) - 1,
+            closing_ids=self.closing_ids,
         )
         slots = _slots(sample, len(text.response_ids))
         weights = None if sample.weights is None else np.asarray(sample.weights, dtype=np.float64)
-        return Aligned(sequence, slots, TrainerTokens(slots.count, weights), text.spans, text.warnings)
+        return Aligned(sequence, slots, TrainerTokens(slots.count, weights, sample.finished), text.spans, text.warnings)
 
     def _tokenize(self, sample: Sample) -> _Text:
         if sample.prompt_token_ids is not None:
@@ -164,13 +165,6 @@ class Aligner:
                 "scored as it stands"
             )
         return notices
-
-    def _missing_closing(self, response_ids: Sequence[int]) -> list[int]:
-        """The closing tokens that the response does not already end with."""
-        for written in range(min(len(self.closing_ids), len(response_ids)), 0, -1):
-            if list(response_ids[-written:]) == self.closing_ids[:written]:
-                return self.closing_ids[written:]
-        return self.closing_ids
 
     def _check_ids(self, token_ids: Sequence[int]) -> None:
         if not token_ids:

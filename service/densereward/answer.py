@@ -108,8 +108,9 @@ def _included(
         included["tokens"] = [vocabulary.token_text(token_id) for token_id in response]
     if "spans" in request.include:
         included["spans"] = aligned.spans
-    if "prefix_scores" in request.include and captured.prefix_scores is not None:
-        included |= {"prefix_scores": encode(captured.prefix_scores), "prompt_score": captured.prompt_score}
+    if "prefix_scores" in request.include:
+        prefixes = captured.prefixes["open"]
+        included |= {"prefix_scores": encode(prefixes.after), "prompt_score": prefixes.before}
     if "attention" in request.include:
         included["attention"] = encode(captured.attention_rows[-1])
     if "segments" in request.include:

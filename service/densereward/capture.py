@@ -12,19 +12,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32
 
-__all__ = ["AttentionRow", "Captured", "Need", "PrefixScores", "ScoringInput", "Span"]
+__all__ = [
+    "PREFIX_MODES",
+    "AttentionRow",
+    "Captured",
+    "Need",
+    "PrefixMode",
+    "PrefixScores",
+    "Prefixes",
+    "ScoringInput",
+    "Span",
+    "missing_closing",
+]
 
 Span = tuple[int, int]
 """[start, end) in UTF-8 bytes of the response."""
 
 
+PrefixMode = Literal["open", "closed"]
+PREFIX_MODES: tuple[PrefixMode, ...] = ("open", "closed")
+"""open: the head is read at the response's tokens as they stand. closed: each prefix is scored as if the response
+ended there, closing tokens included."""
+
+
 @dataclass(frozen=True, slots=True)
 class PrefixScores:
-    """The score head read before the response and after each of its tokens ("open" prefixes)."""
+    """The score before the response and after each of its tokens."""
+
+    mode: PrefixMode = "open"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +63,49 @@ Need = PrefixScores | AttentionRow
 
 @dataclass(frozen=True, slots=True)
 class ScoringInput:
-    """One sequence for the engine: prompt, response and closing tokens in a row, in the model's own ids."""
+    """One sequence for the engine: prompt, response and closing tokens in a row, in the model's own ids.
+
+    `closing_ids` are all the closing tokens of the model, for closed prefixes; how many of them end this sequence is a
+    matter of its own.
+    """
 
     token_ids: Sequence[int]
     prompt_length: int
     response_length: int
     scored_position: int
+    closing_ids: Sequence[int] = ()
     needs: frozenset[Need] = frozenset()
 
     @property
     def response_stop(self) -> int:
         """Position after the last response token."""
         return self.prompt_length + self.response_length
+
+    @property
+    def response_ids(self) -> Sequence[int]:
+        """The response's tokens."""
+        return self.token_ids[self.prompt_length : self.response_stop]
+
+
+def missing_closing(response_ids: Sequence[int], closing_ids: Sequence[int]) -> Sequence[int]:
+    """The closing tokens that a response does not already end with."""
+    for written in range(min(len(closing_ids), len(response_ids)), 0, -1):
+        if list(response_ids[-written:]) == list(closing_ids[:written]):
+            return closing_ids[written:]
+    return closing_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Prefixes:
+    """Scores of a response's prefixes.
+
+    Attributes:
+        before: s_0, the score before the response; None for an open prefix where there is no prompt to read it at.
+        after: s_1..s_T.
+    """
+
+    before: float | None
+    after: Float32[np.ndarray, " T"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +115,12 @@ class Captured:
     Attributes:
         reward: R, the model's score of the whole sequence.
         length: T, the response's tokens.
-        prompt_score: s_0, the score before the response; None without `PrefixScores` or without any prompt token.
-        prefix_scores: s_1..s_T; None without `PrefixScores`.
+        prefixes: per mode as it was asked for, the scores of the prefixes.
         attention_rows: per layer as it was asked for, what the scoring token's attention put on each response token;
             the rest of the row, up to its sum of 1, fell on the prompt and the closing tokens.
     """
 
     reward: float
     length: int
-    prompt_score: float | None = None
-    prefix_scores: Float32[np.ndarray, " T"] | None = None
+    prefixes: Mapping[PrefixMode, Prefixes] = field(default_factory=dict)
     attention_rows: Mapping[int, Float32[np.ndarray, " T"]] = field(default_factory=dict)

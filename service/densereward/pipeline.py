@@ -27,7 +27,7 @@ from densereward import __version__
 from densereward.align import Aligned, Aligner
 from densereward.answer import envelope, error_item, reward_item, token_rewards_item
 from densereward.batcher import Batcher, Scored
-from densereward.capture import Captured, Need
+from densereward.capture import PREFIX_MODES, Captured, Need, PrefixScores
 from densereward.engines.base import Engine
 from densereward.errors import DenseRewardError, EngineFailure
 from densereward.metrics import Metrics
@@ -160,7 +160,7 @@ class Pipeline:
             max_length=aligner.max_length,
             closing_token_ids=aligner.closing_ids,
             adds_bos=aligner.adds_bos,
-            prefix_modes=["open"],
+            prefix_modes=[mode for mode in PREFIX_MODES if PrefixScores(mode) in self._engine.provides],
             tokenizer_fingerprint=aligner.vocabulary.fingerprint,
             template_fingerprint=None if aligner.template is None else aligner.template.fingerprint,
             methods=availability(self._engine),
@@ -178,8 +178,8 @@ def _finite(result: Scored | EngineFailure) -> Scored | EngineFailure:
     if isinstance(result, EngineFailure):
         return result
     captured = result.captured
-    arrays = [*captured.attention_rows.values(), *([] if captured.prefix_scores is None else [captured.prefix_scores])]
-    numbers = (captured.reward, captured.prompt_score or 0.0)
+    arrays = [*captured.attention_rows.values(), *(prefixes.after for prefixes in captured.prefixes.values())]
+    numbers = (captured.reward, *(prefixes.before or 0.0 for prefixes in captured.prefixes.values()))
     if all(map(math.isfinite, numbers)) and all(np.isfinite(array).all() for array in arrays):
         return result
     return EngineFailure("the model gave a number that is not finite", code="not_finite")

@@ -17,6 +17,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """How far a score may move with the batch around it, relative to the largest score: rounding, not more."""
 
 _LENGTHS = (1, 7, 33, 70)
+_CLOSING = 2
 
 
 def self_check(engine: Engine) -> None:
@@ -31,43 +32,58 @@ def self_check(engine: Engine) -> None:
         alone = [engine.forward([probe])[0] for probe in probes]
     except EngineFailure as error:
         raise ModelError(f"the self-check's forward pass failed: {error.message}") from error
+    tolerance = TOLERANCE[engine.facts.dtype]
     for captured in together:
         _check_numbers(captured)
-    _check_batch_invariance(together, alone, TOLERANCE[engine.facts.dtype])
+        _check_closed_prefixes(captured, tolerance)
+    _check_batch_invariance(together, alone, tolerance)
 
 
 def _probes(engine: Engine) -> list[ScoringInput]:
-    """Token ids from a fixed seed, of several lengths, with all that the engine provides."""
+    """Ids from a fixed seed, of several lengths, two with one prompt, with all that the engine provides."""
     generator = np.random.default_rng(0)
+    ids = generator.integers(0, engine.facts.vocabulary_size, 2 * max(_LENGTHS)).tolist()
+    closing = ids[:_CLOSING]
     needs = frozenset(need for need in engine.provides if isinstance(need, PrefixScores) or need == AttentionRow(-1))
-    return [
-        ScoringInput(
-            token_ids=generator.integers(0, engine.facts.vocabulary_size, length).tolist(),
-            prompt_length=length // 3,
-            response_length=length - length // 3,
-            scored_position=length - 1,
-            needs=needs,
+    probes = []
+    for length in (*_LENGTHS, _LENGTHS[-1] - 1):
+        prompt = 0 if length < max(_LENGTHS) - 1 else max(_LENGTHS) // 3
+        response = ids[-length : len(ids) - prompt]
+        probes.append(
+            ScoringInput(
+                token_ids=[*ids[:prompt], *response, *closing],
+                prompt_length=prompt,
+                response_length=len(response),
+                scored_position=length + _CLOSING - 1,
+                closing_ids=closing,
+                needs=needs,
+            )
         )
-        for length in _LENGTHS
-        if length <= engine.facts.max_length
-    ]
+    return [probe for probe in probes if len(probe.token_ids) <= engine.facts.max_length]
 
 
 def _check_numbers(captured: Captured) -> None:
-    prefixes = captured.prefix_scores
-    if not math.isfinite(captured.reward) or (prefixes is not None and not np.isfinite(prefixes).all()):
+    scores = [prefixes.after for prefixes in captured.prefixes.values()]
+    if not (math.isfinite(captured.reward) and all(np.isfinite(each).all() for each in scores)):
         raise ModelError("the self-check got a score that is not finite; is the dtype too narrow for this model?")
     for row in captured.attention_rows.values():
         if not (np.isfinite(row).all() and (row >= 0).all() and row.sum() <= 1 + 1e-3):
             raise ModelError("the self-check got an attention row that is not a share of 1")
 
 
+def _check_closed_prefixes(captured: Captured, tolerance: float) -> None:
+    """The whole response is its own last prefix, and every probe is closed."""
+    closed = captured.prefixes.get("closed")
+    if closed is not None and abs(float(closed.after[-1]) - captured.reward) > tolerance * max(1, abs(captured.reward)):
+        raise ModelError("the self-check got another score for a response than for the closed prefix that is all of it")
+
+
 def _check_batch_invariance(together: Sequence[Captured], alone: Sequence[Captured], tolerance: float) -> None:
     largest = max(1.0, *(abs(captured.reward) for captured in alone))
     for first, second in zip(together, alone, strict=True):
         moved = abs(first.reward - second.reward)
-        if first.prefix_scores is not None and second.prefix_scores is not None:
-            moved = max(moved, float(np.abs(first.prefix_scores - second.prefix_scores).max()))
+        for mode, prefixes in first.prefixes.items():
+            moved = max(moved, float(np.abs(prefixes.after - second.prefixes[mode].after).max(initial=0)))
         if moved > tolerance * largest:
             raise ModelError(
                 f"the self-check's scores move by {moved:.2g} with the batch around them, which is more than rounding"

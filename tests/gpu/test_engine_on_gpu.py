@@ -16,15 +16,23 @@ from densereward.engines.torch.engine import TorchEngine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-NEEDS: frozenset[Need] = frozenset([PrefixScores(), AttentionRow(0), AttentionRow(-1)])
+NEEDS: frozenset[Need] = frozenset([PrefixScores("open"), PrefixScores("closed"), AttentionRow(0), AttentionRow(-1)])
 # Head sizes that flash attention takes; windows and caps short enough to matter.
 HEAD = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
+def sequence(generator: random.Random, length: int) -> ScoringInput:
+    """Prompts of one length are the same, so that some are shared."""
+    prompt = random.Random(length // 3).choices(range(3, 320), k=length // 3)
+    response = generator.choices(range(3, 320), k=length - len(prompt))
+    closing = (2, 201)
+    return ScoringInput([*prompt, *response, *closing], len(prompt), len(response), length + 1, closing, NEEDS)
+
+
 def batch() -> list[ScoringInput]:
     generator = random.Random(0)
-    lengths = [1, 2, 7, 33, 64, 150, 300, 700]
-    return [ScoringInput(generator.choices(range(3, 320), k=n), n // 3, n - n // 3, n - 1, NEEDS) for n in lengths]
+    lengths = [1, 2, 7, 33, 33, 64, 150, 300, 300, 300, 700]
+    return [sequence(generator, n) for n in lengths]
 
 
 def folder_of(architecture: str, tmp_path: Path) -> str:
@@ -37,10 +45,9 @@ def folder_of(architecture: str, tmp_path: Path) -> str:
 def assert_near(first: list[Captured], second: list[Captured], score: float, row: float) -> None:
     scale = max(1.0, *(abs(each.reward) for each in second))
     for one, other in zip(first, second, strict=True):
-        assert one.prefix_scores is not None
-        assert other.prefix_scores is not None
         assert abs(one.reward - other.reward) <= score * scale
-        np.testing.assert_allclose(one.prefix_scores, other.prefix_scores, atol=score * scale, rtol=0)
+        for mode, prefixes in other.prefixes.items():
+            np.testing.assert_allclose(one.prefixes[mode].after, prefixes.after, atol=score * scale, rtol=0)
         for layer in one.attention_rows:
             np.testing.assert_allclose(one.attention_rows[layer], other.attention_rows[layer], atol=row, rtol=0)
 

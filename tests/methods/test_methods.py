@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from densereward.capture import AttentionRow, Captured, PrefixScores
+from densereward.capture import AttentionRow, Captured, Prefixes, PrefixScores
 from densereward.errors import InvalidRequest
 from densereward.methods import METHODS
 from densereward.methods.abc import MASS_FLOOR
@@ -20,8 +20,10 @@ from densereward.methods.base import Credit, Method, Params, TrainerTokens
 CAPTURED = Captured(
     reward=2.0,
     length=3,
-    prompt_score=0.25,
-    prefix_scores=np.array([0.5, -1.0, 1.5], np.float32),
+    prefixes={
+        "open": Prefixes(0.25, np.array([0.5, -1.0, 1.5], np.float32)),
+        "closed": Prefixes(1.0, np.array([3.0, 4.0, 2.0], np.float32)),
+    },
     attention_rows={
         -1: np.array([0.1, 0.3, 0.0], np.float32),
         0: np.array([0.2, 0.0, 0.2], np.float32),
@@ -56,14 +58,22 @@ def test_red_is_the_difference_of_prefix_scores_and_the_last_token_takes_the_clo
     ("first_token", "rewards", "baseline"), [("subtract", [1.5], 0.5), ("zero", [0.0], 2.0), ("fold", [2.0], 0.0)]
 )
 def test_red_of_a_single_token_is_the_whole_step(first_token: str, rewards: list[float], baseline: float) -> None:
-    captured = Captured(reward=2.0, length=1, prompt_score=0.5, prefix_scores=np.array([7.0], np.float32))
+    captured = Captured(reward=2.0, length=1, prefixes={"open": Prefixes(0.5, np.array([7.0], np.float32))})
     given_credit = credit("red", captured, first_token=first_token)
     np.testing.assert_allclose(given_credit.rewards, rewards)
     assert given_credit.baseline == baseline
 
 
+def test_red_reads_closed_prefixes_where_it_is_told_to() -> None:
+    given_credit = credit("red", prefix_mode="closed")
+    np.testing.assert_allclose(given_credit.rewards, [3.0 - 1.0, 4.0 - 3.0, 2.0 - 4.0])
+    assert given_credit.baseline == 1.0
+    method = METHODS["red"]()
+    assert method.needs(method.params_type(prefix_mode="closed")) == {PrefixScores("closed")}
+
+
 def test_red_says_so_when_an_empty_prompt_has_no_score_to_subtract() -> None:
-    captured = Captured(reward=2.0, length=2, prefix_scores=np.array([0.5, 1.0], np.float32))
+    captured = Captured(reward=2.0, length=2, prefixes={"open": Prefixes(None, np.array([0.5, 1.0], np.float32))})
     given_credit = credit("red", captured)
     np.testing.assert_allclose(given_credit.rewards, [0.5, 1.5])
     assert given_credit.baseline == 0.0
@@ -137,7 +147,7 @@ def test_rewards_and_baseline_sum_to_the_sequences_reward(
 ) -> None:
     length = len(scores)
     row = np.random.default_rng(seed).random(length).astype(np.float32) / length
-    captured = Captured(reward, length, before, np.array(scores, np.float32), {-1: row})
+    captured = Captured(reward, length, {"open": Prefixes(before, np.array(scores, np.float32))}, {-1: row})
     given_credit = credit(name, captured, TrainerTokens(length, row.astype(np.float64) + 1e-9))
     assert given_credit.rewards.shape == (length,)
     total = given_credit.rewards.sum() + given_credit.baseline

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from densereward.capture import AttentionRow, Captured, Need, PrefixScores, ScoringInput
+from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixScores, ScoringInput
 from densereward.engines.base import EngineFacts
 
 FACTS = EngineFacts(
@@ -44,7 +44,9 @@ class FakeEngine:
 
     @property
     def provides(self) -> frozenset[Need]:
-        return frozenset([PrefixScores(), *(AttentionRow(layer) for layer in range(-2, 2))])
+        return frozenset(
+            [PrefixScores("open"), PrefixScores("closed"), *(AttentionRow(layer) for layer in range(-2, 2))]
+        )
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         self.started.set()
@@ -58,14 +60,23 @@ class FakeEngine:
         self.closed = True
 
     @staticmethod
+    def _prefixes(each: ScoringInput, sums: np.ndarray, *, closed: bool) -> Prefixes:
+        rest = float(sum(each.closing_ids)) if closed else 0.0
+        before = float(sums[each.prompt_length - 1]) + rest if each.prompt_length else None
+        return Prefixes(before, sums[each.prompt_length : each.response_stop] + np.float32(rest))
+
+    @staticmethod
     def _captured(each: ScoringInput) -> Captured:
         sums = np.cumsum(each.token_ids, dtype=np.float32)
         length = each.response_length
         return Captured(
             reward=float(sums[each.scored_position]),
             length=length,
-            prompt_score=float(sums[each.prompt_length - 1]) if each.prompt_length else None,
-            prefix_scores=sums[each.prompt_length : each.response_stop],
+            prefixes={
+                need.mode: FakeEngine._prefixes(each, sums, closed=need.mode == "closed")
+                for need in each.needs
+                if isinstance(need, PrefixScores)
+            },
             attention_rows={
                 need.layer: np.full(length, 0.5 / max(length, 1), np.float32)
                 for need in each.needs

@@ -48,6 +48,15 @@ def score(model: Any, sequence: Sequence[int]) -> float:
         return float(model.score(hidden)[0, -1, 0])
 
 
-def prefix_scores(model: Any, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
-    """s_0..s_T by one pass per prefix."""
-    return [score(model, [*prompt, *response[:t]]) for t in range(len(response) + 1)]
+def prefix_scores(
+    model: Any, prompt: Sequence[int], response: Sequence[int], closing: Sequence[int] = ()
+) -> list[float]:
+    """s_0..s_T by one pass per prefix, each closed by what it does not end with yet; no s_0 of nothing at all."""
+    passes = [[*prompt, *response[:t], *_rest(response[:t], closing)] for t in range(len(response) + 1)]
+    return [score(model, ids) for ids in passes if ids]
+
+
+def _rest(ids: Sequence[int], closing: Sequence[int]) -> list[int]:
+    text = ",".join(map(str, ids)) + ","
+    ends = (n for n in range(len(closing), 0, -1) if ("," + text).endswith("," + ",".join(map(str, closing[:n])) + ","))
+    return list(closing[next(ends, 0) :])

@@ -44,10 +44,12 @@ class TrainerTokens:
     Attributes:
         count: L.
         weights: one a slot, for `weights`.
+        finished: whether the response ended by itself; otherwise no closing tokens were scored.
     """
 
     count: int
     weights: Float64[np.ndarray, " L"] | None = None
+    finished: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from densereward.capture import Captured, Need, PrefixScores
+from densereward.capture import Captured, Need, PrefixMode, PrefixScores
 from densereward.methods.base import Credit, Method, Params, TrainerTokens
 
 __all__ = ["Red", "RedParams"]
@@ -33,11 +33,12 @@ class RedParams(Params):
 
     Attributes:
         first_token: what becomes of the score before the response.
-        prefix_mode: "open" reads the head at each response token as it stands.
+        prefix_mode: "open" reads the head at each response token as it stands; "closed" scores each prefix as if the
+            response ended there, closing tokens included, which is what most reward models were trained to read.
     """
 
     first_token: Literal["subtract", "zero", "fold"] = "subtract"
-    prefix_mode: Literal["open"] = "open"
+    prefix_mode: PrefixMode = "open"
 
 
 class Red(Method[RedParams]):
@@ -47,17 +48,18 @@ class Red(Method[RedParams]):
 
     def needs(self, params: RedParams) -> frozenset[Need]:
         """The score at every prefix."""
-        return frozenset([PrefixScores()])
+        return frozenset([PrefixScores(params.prefix_mode)])
 
     def credit(self, captured: Captured, tokens: TrainerTokens, params: RedParams) -> Credit:
         """r_t for t = 1..T; Eq. 6."""
-        if captured.prefix_scores is None:
-            raise ValueError("red needs prefix scores")
-        warnings: tuple[str, ...] = ()
-        before = captured.prompt_score
+        warnings: list[str] = []
+        prefixes = captured.prefixes[params.prefix_mode]
+        before = prefixes.before
         if before is None and params.first_token == "subtract":
-            warnings = ("no_prompt_score: the prompt is empty and has no score to subtract; s_0 = 0 was used",)
+            warnings.append("no_prompt_score: the prompt is empty and has no score to subtract; s_0 = 0 was used")
+        if params.prefix_mode == "closed" and not tokens.finished:
+            warnings.append("unfinished: the response's own score is read open, as it was cut, its prefixes' closed")
         # The last prefix is the whole response, whose score is read at the closing token: R.
-        scores = np.append(captured.prefix_scores[:-1].astype(np.float64), captured.reward)
+        scores = np.append(prefixes.after[:-1].astype(np.float64), captured.reward)
         first = {"subtract": before or 0.0, "zero": float(scores[0]), "fold": 0.0}[params.first_token]
-        return Credit(np.diff(scores, prepend=first), baseline=first, warnings=warnings)
+        return Credit(np.diff(scores, prepend=first), baseline=first, warnings=tuple(warnings))

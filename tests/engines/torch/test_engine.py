@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from hypothesis import strategies as st
 
 import reference
 import tiny
-from densereward.capture import AttentionRow, Captured, Need, PrefixScores, ScoringInput
+from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixScores, ScoringInput
 from densereward.engines.torch.engine import TorchEngine
+from densereward.engines.torch.packing import pack
 from densereward.errors import EngineFailure, ModelError
 
 LAYERS = 3
-ALL: frozenset[Need] = frozenset([PrefixScores(), *(AttentionRow(layer) for layer in range(LAYERS))])
+CLOSING = (2, 201)
+ROWS = [AttentionRow(layer) for layer in range(LAYERS)]
+OPEN: frozenset[Need] = frozenset([PrefixScores(), *ROWS])
+ALL: frozenset[Need] = frozenset([PrefixScores(), PrefixScores("closed"), *ROWS])
 
 
 @pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
@@ -29,9 +34,13 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return TorchEngine.load(str(folder), device="cpu"), reference.eager(folder)
 
 
-def sequence(length: int, prompt: int, closing: int = 0, *, seed: int = 0, needs: Any = ALL) -> ScoringInput:
-    ids = random.Random(seed * 1000 + length).choices(range(3, 320), k=length)
-    return ScoringInput(ids, prompt, length - prompt - closing, length - 1, needs)
+def sequence(
+    length: int, prompt: int, closing: int = 0, *, seed: int = 0, needs: Any = ALL, prompt_seed: int | None = None
+) -> ScoringInput:
+    """`length` random ids, the last of them closing tokens; prompts of one `prompt_seed` begin alike."""
+    before = random.Random(seed if prompt_seed is None else prompt_seed).choices(range(3, 320), k=prompt)
+    after = random.Random(seed * 1000 + length).choices(range(3, 320), k=length - prompt - closing)
+    return ScoringInput([*before, *after, *CLOSING[:closing]], prompt, len(after), length - 1, CLOSING, needs)
 
 
 def mixed_batch(size: int) -> list[ScoringInput]:
@@ -40,16 +49,25 @@ def mixed_batch(size: int) -> list[ScoringInput]:
     for seed in range(size):
         length = generator.choice([1, 2, 5, 9, 10, 17, 40, 90])
         closing = int(length > 3 and seed % 2)
-        batch.append(sequence(length, generator.randrange(length - closing), closing, seed=seed))
+        prompt = generator.randrange(length - closing)
+        batch.append(sequence(length, prompt, closing, seed=seed, prompt_seed=generator.choice([0, 1, seed])))
     return batch
 
 
+def assert_prefixes(prefixes: Prefixes, expected: list[float]) -> None:
+    """`expected` begins with s_0 wherever there is one."""
+    scores = [*([] if prefixes.before is None else [prefixes.before]), *prefixes.after]
+    np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=1e-5)
+
+
 def assert_same(first: Captured, second: Captured, tolerance: float) -> None:
-    assert first.prefix_scores is not None
-    assert second.prefix_scores is not None
-    scale = max(1.0, float(np.abs(second.prefix_scores).max()), abs(second.reward))
+    assert first.prefixes.keys() == second.prefixes.keys()
+    largest = [float(np.abs(prefixes.after).max(initial=0)) for prefixes in second.prefixes.values()]
+    scale = max(1.0, abs(second.reward), *largest)
     assert abs(first.reward - second.reward) <= tolerance * scale
-    np.testing.assert_allclose(first.prefix_scores, second.prefix_scores, atol=tolerance * scale, rtol=0)
+    for mode, prefixes in second.prefixes.items():
+        np.testing.assert_allclose(first.prefixes[mode].after, prefixes.after, atol=tolerance * scale, rtol=0)
+        assert first.prefixes[mode].before == pytest.approx(prefixes.before, abs=tolerance * scale)
     assert first.attention_rows.keys() == second.attention_rows.keys()
     for layer, row in first.attention_rows.items():
         np.testing.assert_allclose(row, second.attention_rows[layer], atol=tolerance, rtol=0)
@@ -57,7 +75,8 @@ def assert_same(first: Captured, second: Captured, tolerance: float) -> None:
 
 def test_scores_prefixes_and_rows_equal_a_padded_eager_run(pair: tuple[TorchEngine, Any]) -> None:
     engine, model = pair
-    batch = [sequence(30, 7), sequence(2, 1), sequence(90, 40, 2), sequence(11, 0), sequence(1, 0)]
+    lengths = [(30, 7, 0), (2, 1, 0), (90, 40, 2), (11, 0, 0), (1, 0, 0)]
+    batch = [sequence(*each, needs=OPEN) for each in lengths]
     for each, captured, read in zip(
         batch, engine.forward(batch), reference.padded(model, [each.token_ids for each in batch]), strict=True
     ):
@@ -65,23 +84,81 @@ def test_scores_prefixes_and_rows_equal_a_padded_eager_run(pair: tuple[TorchEngi
         expected = Captured(
             reward=float(read.scores[-1]),
             length=each.response_length,
-            prefix_scores=read.scores[response].numpy(),
+            prefixes={
+                "open": Prefixes(
+                    before=float(read.scores[each.prompt_length - 1]) if each.prompt_length else None,
+                    after=read.scores[response].numpy(),
+                )
+            },
             attention_rows={layer: read.rows[layer, response].numpy() for layer in range(LAYERS)},
         )
         assert_same(captured, expected, 1e-5)
-        if each.prompt_length:
-            assert captured.prompt_score == pytest.approx(float(read.scores[each.prompt_length - 1]), abs=1e-5)
 
 
 def test_prefix_scores_equal_one_pass_per_prefix(pair: tuple[TorchEngine, Any]) -> None:
     engine, model = pair
     each = sequence(28, 9, 2)
     captured = engine.forward([each])[0]
-    prompt, response = each.token_ids[:9], each.token_ids[9:26]
-    expected = reference.prefix_scores(model, prompt, response)
-    assert captured.prefix_scores is not None
-    np.testing.assert_allclose([captured.prompt_score, *captured.prefix_scores], expected, atol=1e-5, rtol=1e-5)
+    expected = reference.prefix_scores(model, each.token_ids[:9], each.response_ids)
+    assert_prefixes(captured.prefixes["open"], expected)
+    closed = reference.prefix_scores(model, each.token_ids[:9], each.response_ids, closing=CLOSING)
+    assert_prefixes(captured.prefixes["closed"], closed)
     assert captured.reward == pytest.approx(reference.score(model, each.token_ids), abs=1e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "response", [[7, 8, 2], [7, 2, 201], [2, 2, 201, 7], [2], [201, 2, 9], []], ids=lambda ids: " ".join(map(str, ids))
+)
+@pytest.mark.parametrize("prompt", [[5, 6, 7], []], ids=["prompt", "no prompt"])
+def test_a_prefix_that_ends_with_closing_tokens_is_only_given_the_rest(
+    pair: tuple[TorchEngine, Any], prompt: list[int], response: list[int]
+) -> None:
+    engine, model = pair
+    each = ScoringInput(
+        [*prompt, *response, 9],
+        prompt_length=len(prompt),
+        response_length=len(response),
+        scored_position=len(prompt) + len(response),
+        closing_ids=CLOSING,
+        needs=ALL,
+    )
+    expected = reference.prefix_scores(model, prompt, response, closing=CLOSING)
+    assert_prefixes(engine.forward([each])[0].prefixes["closed"], expected)
+
+
+def test_closed_prefixes_without_closing_tokens_are_the_open_ones(pair: tuple[TorchEngine, Any]) -> None:
+    engine, _ = pair
+    captured = engine.forward([replace(sequence(12, 4), closing_ids=()), replace(sequence(5, 0), closing_ids=())])
+    for each in captured:
+        np.testing.assert_allclose(each.prefixes["open"].after, each.prefixes["closed"].after, atol=1e-6)
+        assert each.prefixes["open"].before == pytest.approx(each.prefixes["closed"].before, abs=1e-6)
+
+
+def test_responses_that_share_a_prompt_have_the_numbers_they_have_alone(pair: tuple[TorchEngine, Any]) -> None:
+    engine, _ = pair
+    group = [sequence(40 + length, 40, 2 * (length > 4), seed=length, prompt_seed=7) for length in (1, 3, 9, 30, 55)]
+    other = [sequence(12 + length, 12, seed=length, prompt_seed=8) for length in (2, 20)]
+    batch = [group[0], other[0], *group[1:3], sequence(9, 3), *group[3:], other[1], replace(group[1], needs=OPEN)]
+    packed = pack(batch, torch.device("cpu"), LAYERS)
+    assert [len(prompt) for prompt, _ in packed.groups] == [40, 12]
+    for each, captured in zip(batch, engine.forward(batch), strict=True):
+        assert_same(captured, engine.forward([each])[0], 2e-6)
+
+
+def test_a_shared_prompt_stands_once_in_the_row() -> None:
+    batch = [sequence(44, 40, seed=seed, prompt_seed=7, needs=OPEN) for seed in range(8)]
+    assert pack(batch, torch.device("cpu"), LAYERS).token_ids.shape == (1, 40 + 8 * 4)
+
+
+def test_a_sequence_that_is_all_prompt_is_read_at_its_end_beside_others_that_go_on(
+    pair: tuple[TorchEngine, Any],
+) -> None:
+    engine, model = pair
+    longer = sequence(12, 8, prompt_seed=7)
+    ends = ScoringInput(longer.token_ids[:8], 8, 0, 7, CLOSING, ALL)
+    captured = engine.forward([longer, ends, longer])
+    assert captured[1].reward == pytest.approx(reference.score(model, ends.token_ids), abs=1e-5)
+    assert captured[1].prefixes["open"].after.shape == (0,)
 
 
 def test_a_sample_has_the_same_numbers_alone_in_a_batch_of_64_and_in_any_order(pair: tuple[TorchEngine, Any]) -> None:
@@ -107,8 +184,8 @@ def test_rows_are_shares_of_one_over_the_whole_sequence(pair: tuple[TorchEngine,
 def test_the_head_is_read_at_the_scored_position_and_not_at_the_end() -> None:
     engine = TorchEngine(_prepared(tiny.make_model("llama")))
     whole = sequence(12, 4)
-    cut = ScoringInput(whole.token_ids, 4, 6, scored_position=9, needs=ALL)
-    short = ScoringInput(whole.token_ids[:10], 4, 6, scored_position=9, needs=ALL)
+    cut = ScoringInput(whole.token_ids, 4, 6, scored_position=9, closing_ids=CLOSING, needs=ALL)
+    short = ScoringInput(whole.token_ids[:10], 4, 6, scored_position=9, closing_ids=CLOSING, needs=ALL)
     assert_same(engine.forward([cut])[0], engine.forward([short])[0], 1e-6)
 
 
@@ -131,9 +208,9 @@ def test_only_what_a_sequence_needs_is_kept_for_it() -> None:
     kept = engine.forward([plain, row, prefixes])
     assert kept[0] == Captured(reward=kept[0].reward, length=6)
     assert list(kept[1].attention_rows) == [-1]
-    assert kept[1].prefix_scores is None
-    assert kept[2].prefix_scores is not None
-    assert kept[2].prefix_scores.shape == (6,)
+    assert not kept[1].prefixes
+    assert list(kept[2].prefixes) == ["open"]
+    assert kept[2].prefixes["open"].after.shape == (6,)
     assert not kept[2].attention_rows
     assert len({captured.reward for captured in kept}) == 1
 
@@ -150,17 +227,19 @@ def test_a_layer_counted_from_the_end_is_the_layer_itself() -> None:
 def test_an_empty_prompt_has_no_score_before_the_response() -> None:
     engine = TorchEngine(_prepared(tiny.make_model("llama")))
     captured = engine.forward([sequence(5, 0)])[0]
-    assert captured.prompt_score is None
-    assert captured.prefix_scores is not None
-    assert captured.prefix_scores.shape == (5,)
+    assert captured.prefixes["open"].before is None
+    assert captured.prefixes["open"].after.shape == (5,)
+    assert captured.prefixes["closed"].before is not None
 
 
 @given(lengths=st.lists(st.integers(1, 24), min_size=1, max_size=12), seed=st.integers(0, 99))
 def test_any_packing_of_any_lengths_gives_each_sequence_its_own_numbers(lengths: list[int], seed: int) -> None:
     engine = _shared_engine()
-    batch = [sequence(length, seed % length, seed=seed + i) for i, length in enumerate(lengths)]
+    batch = [
+        sequence(length, min(length, seed % 5), seed=seed + i, prompt_seed=i % 2) for i, length in enumerate(lengths)
+    ]
     for each, captured in zip(batch, engine.forward(batch), strict=True):
-        assert_same(captured, engine.forward([each])[0], 1e-6)
+        assert_same(captured, engine.forward([each])[0], 2e-6)
 
 
 def test_bfloat16_weights_keep_a_float32_head_and_stay_near_float32(tiny_llama: Path) -> None:
@@ -176,10 +255,9 @@ def test_bfloat16_weights_keep_a_float32_head_and_stay_near_float32(tiny_llama: 
 
 def test_an_attention_variant_that_is_not_computed_is_refused() -> None:
     from densereward.engines.torch.attention import packed_attention
-    from densereward.engines.torch.packing import pack
 
     packed = pack([sequence(4, 1)], torch.device("cpu"), LAYERS)
-    heads = torch.zeros(1, 2, 4, 8)
+    heads = torch.zeros(1, 2, packed.token_ids.shape[1], 8)
     module = torch.nn.Module()
     with pytest.raises(EngineFailure, match="s_aux"):
         packed_attention(module, heads, heads, heads, None, scaling=1.0, packed=packed, s_aux=torch.zeros(2))
@@ -191,10 +269,10 @@ def test_an_attention_variant_that_is_not_computed_is_refused() -> None:
 
 
 def test_memory_on_the_blocked_path_grows_with_length_and_not_with_its_square() -> None:
-    from densereward.engines.torch import attention
+    from densereward.engines.torch import attention, kernels
 
     seen: list[int] = []
-    original = attention._attend
+    original = kernels.explicit
 
     def watched(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(q.shape[1] * k.shape[1])
@@ -202,9 +280,9 @@ def test_memory_on_the_blocked_path_grows_with_length_and_not_with_its_square() 
 
     engine = TorchEngine(_prepared(tiny.make_model("gemma2")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_attend", watched)
+        patch.setattr(attention, "explicit", watched)
         engine.forward([sequence(1500, 10)])
-    assert max(seen) <= attention.QUERY_BLOCK * 1500
+    assert max(seen) <= kernels.QUERY_BLOCK * (1500 + kernels.QUERY_BLOCK)
 
 
 def test_a_model_with_several_labels_is_refused(tmp_path: Path) -> None:

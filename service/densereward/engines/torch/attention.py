@@ -1,43 +1,33 @@
-"""One attention function for every decoder: causal within each packed sequence, and the scored rows on the side.
+"""One attention function for every decoder: each packed sequence sees itself, its shared prompt, and nothing else.
 
 Registered with transformers' attention registry, so a model calls it with its own post-RoPE queries and keys (keys
-and values not yet expanded to all heads). Nothing here is ever of size T x T:
+and values not yet expanded to all heads). Nothing here is ever of size T x T, and nothing is padded:
 
-    CUDA in half precision          variable-length flash attention over the whole row
-    plain causal                    fused attention, sequence by sequence
-    sliding window or soft-capping  blocks of queries against the keys they can see
+    plain attention          fused kernels, stretch by stretch of keys, merged by their log-sum-exps (kernels.py)
+    window or soft-capping   blocks of queries against the keys they can see
 
 Shapes: H query heads, K key heads, D head size, N packed tokens.
 """
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, cast
+from typing import Any
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from densereward.engines.torch.packing import PackedBatch
+from densereward.engines.torch.kernels import QUERY_BLOCK, Part, Variant, attend, attend_each, explicit, merge
+from densereward.engines.torch.packing import Blocks, PackedBatch, Placed
 from densereward.errors import EngineFailure
 
 __all__ = ["IMPLEMENTATION", "packed_attention", "register", "scored_rows"]
 
 IMPLEMENTATION = "densereward_packed"
 
-QUERY_BLOCK = 256
-"""Queries at a time on the blocked path: its scores take H x 256 x T, which grows with T alone."""
-
 # Keywords models pass that do not change what attention computes in a packed forward pass without a cache.
 _HARMLESS = {"cache_position", "dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
-
-# Released versions differ: where the argument is missing, fewer key heads than query heads are simply accepted.
-_GROUPED_HEADS: dict[str, Any] = (
-    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-)
 
 
 def register() -> None:
@@ -50,7 +40,7 @@ def packed_attention(
     module: nn.Module,
     query: Float[Tensor, "1 H N D"],
     key: Float[Tensor, "1 K N D"],
-    value: Float[Tensor, "1 K N D"],
+    value: Float[Tensor, "1 K N E"],
     attention_mask: None,
     *,
     scaling: float,
@@ -58,8 +48,8 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,
-) -> tuple[Float[Tensor, "1 N H D"], None]:
-    """Attention of every packed sequence on itself, and the scored rows of the layers that `packed` names.
+) -> tuple[Float[Tensor, "1 N H E"], None]:
+    """Attention of every packed sequence, and the scored rows of the layers that `packed` names.
 
     Raises:
         EngineFailure: the model asks for something this function does not compute (attention sinks, a bias, a mask,
@@ -68,18 +58,15 @@ def packed_attention(
     if packed is None:
         raise EngineFailure(f"{type(module).__name__} does not hand the packed batch to its attention")
     _refuse_unknown(module, attention_mask, others)
-    window = sliding_window if sliding_window is not None and sliding_window < packed.max_length else None
+    window = sliding_window if sliding_window is not None and sliding_window < packed.longest else None
+    variant = Variant(scaling, window, softcap)
     q, k, v = query[0], key[0], value[0]
     layer: int = module.layer_idx  # type: ignore[assignment]  # every transformers attention module carries its own
     if layer in packed.row_layers:
-        packed.rows[layer] = scored_rows(q, k, packed, scaling=scaling, window=window, softcap=softcap)
-    if softcap is None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        output = _variable_length(q, k, v, packed, scaling, window)
-    elif softcap is None and window is None:
-        output = _by_segment(q, k, v, packed, scaling)
-    else:
-        output = _blocked(q, k, v, packed, scaling, window, softcap)
-    return output[None], None
+        packed.rows[layer] = scored_rows(q, k, packed, variant)
+    fused = variant.plain and (not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16))
+    output = _fused(q, k, v, packed, scaling) if fused else _written_out(q, k, v, packed, variant)
+    return output.transpose(0, 1)[None], None
 
 
 def _refuse_unknown(module: nn.Module, mask: Tensor | None, others: dict[str, Any]) -> None:
@@ -92,95 +79,136 @@ def _refuse_unknown(module: nn.Module, mask: Tensor | None, others: dict[str, An
 
 
 def scored_rows(
-    query: Float[Tensor, "H N D"],
-    key: Float[Tensor, "K N D"],
-    packed: PackedBatch,
-    *,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-) -> Float32[Tensor, " N"]:
-    """The attention row of each sequence's scored token, averaged over heads, in float32.
+    query: Float[Tensor, "H N D"], key: Float[Tensor, "K N D"], packed: PackedBatch, variant: Variant
+) -> Float32[Tensor, " R"]:
+    """The attention row of each sequence's scored token over `packed.row_keys`, averaged over heads, in float32.
 
     One product of every key with its own sequence's scored query, then a softmax per sequence: O(N), no loop.
     """
-    heads, _, size = query.shape
-    groups = heads // key.shape[0]
-    queries = query[:, packed.scored].float().view(-1, groups, len(packed.scored), size)  # [K, G, B, D]
-    per_key = queries[:, :, packed.segment]  # [K, G, N, D]
-    logits = torch.einsum("kgnd,knd->nkg", per_key, key.float()).flatten(1) * scaling  # [N, H]
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    logits = logits.masked_fill(_unseen(packed, window)[:, None], -torch.inf)
-    index = packed.segment[:, None].expand_as(logits)
-    highest = logits.new_full((len(packed.scored), heads), -torch.inf).scatter_reduce(0, index, logits, "amax")
-    weights = torch.exp(logits - highest[packed.segment])
-    sums = torch.zeros_like(highest).index_add(0, packed.segment, weights)
-    return (weights / sums[packed.segment]).mean(dim=1)
+    owner = packed.row_owner
+    heads, groups = query.shape[0], query.shape[0] // key.shape[0]
+    queries = query[:, packed.scored].float().reshape(key.shape[0], groups, len(packed.scored), -1)[:, :, owner]
+    logits = torch.einsum("kgrd,krd->rkg", queries, key[:, packed.row_keys].float()).flatten(1) * variant.scaling
+    if variant.softcap is not None:
+        logits = torch.tanh(logits / variant.softcap) * variant.softcap
+    if variant.window is not None:
+        positions = packed.position_ids[0]
+        far = positions[packed.row_keys] <= positions[packed.scored][owner] - variant.window
+        logits = logits.masked_fill(far[:, None], -torch.inf)
+    highest = logits.new_full((len(packed.scored), heads), -torch.inf)
+    highest = highest.scatter_reduce(0, owner[:, None].expand_as(logits), logits, "amax")
+    weights = torch.exp(logits - highest[owner])
+    sums = torch.zeros_like(highest).index_add(0, owner, weights)
+    return (weights / sums[owner]).mean(dim=1)
 
 
-def _unseen(packed: PackedBatch, window: int | None) -> Tensor:
-    """[N], true where the sequence's scored token cannot look: after it, or before its window."""
-    positions = torch.arange(len(packed.segment), device=packed.segment.device)
-    scored = packed.scored[packed.segment]
-    unseen = positions > scored
-    return unseen if window is None else unseen | (positions <= scored - window)
-
-
-def _by_segment(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float) -> Tensor:
-    output = q.new_empty(q.shape[1], q.shape[0], v.shape[-1])
-    for start, stop in packed.segments:
-        part = slice(start, stop)
-        attended = nn.functional.scaled_dot_product_attention(
-            q[None, :, part], k[None, :, part], v[None, :, part], is_causal=True, scale=scaling, enable_gqa=True
-        )
-        output[part] = attended[0].transpose(0, 1)
+def _fused(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float) -> Float[Tensor, "H N E"]:
+    """Segments on themselves, sharers on their prompt, blocks of closed prefixes on all they follow."""
+    lengths = [len(segment) for segment in packed.segments]
+    end = packed.segments[-1].stop
+    own = attend_each(q[:, :end], k[:, :end], v[:, :end], lengths, lengths, scaling, causal=True)
+    if not packed.groups and not packed.blocks:
+        return own.output
+    output = q.new_empty(*q.shape[:2], v.shape[-1])
+    output[:, :end] = own.output
+    if packed.groups:
+        prompts, sharers = _span([prompt for prompt, _ in packed.groups]), _span([each for _, each in packed.groups])
+        counts = [len(each) for _, each in packed.groups], [len(prompt) for prompt, _ in packed.groups]
+        before = attend_each(q[:, sharers], k[:, prompts], v[:, prompts], *counts, scaling, causal=False)
+        output[:, sharers] = merge([Part(own.output[:, sharers], own.weight[:, sharers]), before]).output
+    for placed, blocks in packed.blocks:
+        output[:, _slice(blocks.tokens)] = _closed(q, k, v, placed, blocks, scaling)
     return output
 
 
-def _variable_length(
-    q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float, window: int | None
-) -> Tensor:
-    # Flash attention counts the keys to the left of a query, transformers the query itself too.
-    left = -1 if window is None else window - 1
-    lengths, longest = packed.cumulative_lengths, packed.max_length
-    output = varlen_attn(
-        q.transpose(0, 1),
-        k.transpose(0, 1),
-        v.transpose(0, 1),
-        lengths,
-        lengths,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(left, 0),
-        **_GROUPED_HEADS,
-    )
-    return cast("Tensor", output)  # a pair only where the log-sum-exp is asked for
+def _closed(q: Tensor, k: Tensor, v: Tensor, placed: Placed, blocks: Blocks, scaling: float) -> Float[Tensor, "H C E"]:
+    """Blocks of closed prefixes: each on the prompt, on the response so far, and on itself.
+
+    A block's tokens stand beside each other as further heads, so that block t of all of them sees response tokens
+    1..t by plain causality, and one call serves the whole sequence.
+    """
+    prompt, response, size = _slice(placed.prompt), _slice(placed.response), blocks.size
+    count = len(placed.response) + 1
+    beside = q[:, _slice(blocks.tokens)].unflatten(1, (count, size)).transpose(1, 2).flatten(0, 1)  # [H * size, T+1, D]
+    parts = [_on_itself(q, k, v, blocks, scaling)]
+    if placed.prompt:
+        parts.append(attend(beside, k[:, prompt], v[:, prompt], scaling, causal=False))
+    if placed.response:
+        # Block 0 follows no response token: its share of this part is nothing.
+        rest = attend(beside[:, 1:], k[:, response], v[:, response], scaling, causal=True)
+        first = rest.output.new_zeros(len(beside), 1, v.shape[-1]), rest.weight.new_full((len(beside), 1), -torch.inf)
+        parts.append(Part(torch.cat([first[0], rest.output], 1), torch.cat([first[1], rest.weight], 1)))
+    output = merge(parts).output
+    return torch.flatten(output.unflatten(0, (-1, size)).transpose(1, 2), 1, 2)
 
 
-def _blocked(
-    q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float, window: int | None, softcap: float | None
-) -> Tensor:
-    output = q.new_empty(q.shape[1], q.shape[0], v.shape[-1])
-    for start, stop in packed.segments:
-        for first in range(start, stop, QUERY_BLOCK):
-            last = min(first + QUERY_BLOCK, stop)
-            seen = slice(start if window is None else max(start, first - window + 1), last)
-            block = _attend(q[:, first:last], k[:, seen], v[:, seen], first - seen.start, scaling, window, softcap)
-            output[first:last] = block.transpose(0, 1)
+def _on_itself(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scaling: float) -> Part:
+    """Each block's tokens on the block's own, causally, laid out as further heads."""
+    size, places = blocks.size, _slice(blocks.tokens)
+    groups = len(q) // len(k)
+    qs = q[:, places].unflatten(0, (-1, groups)).unflatten(2, (-1, size)).float()  # [K, G, T+1, size, D]
+    ks, vs = (each[:, places].unflatten(1, (-1, size))[:, None].float() for each in (k, v))  # [K, 1, T+1, size, D]
+    later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    logits = (qs @ ks.transpose(-1, -2) * scaling).masked_fill(later, -torch.inf)
+    output = (logits.softmax(dim=-1) @ vs).to(v.dtype)  # [K, G, T+1, size, E]
+    weight = logits.logsumexp(dim=-1)
+    return Part(output.transpose(2, 3).flatten(0, 2), weight.transpose(2, 3).flatten(0, 2))
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, variant: Variant) -> Float[Tensor, "H N E"]:
+    """Any variant, a block of queries at a time against the keys of the sequence that they can see."""
+    output = q.new_empty(*q.shape[:2], v.shape[-1])
+    positions = packed.position_ids[0]
+    stretches = [(prompt, range(0)) for prompt, _ in packed.groups] + [
+        (each.trunk, each.shared) for each in packed.placed
+    ]
+    for own, shared in stretches:
+        keys = torch.tensor([*shared, *own], device=q.device)
+        for first in range(0, len(own), QUERY_BLOCK):
+            queries = _slice(own[first : first + QUERY_BLOCK])
+            start = 0 if variant.window is None else max(0, len(shared) + first - variant.window + 1)
+            seen = keys[start : len(shared) + first + QUERY_BLOCK]
+            visible = _visible(positions[queries], positions[seen], variant.window)
+            output[:, queries] = explicit(q[:, queries], k[:, seen], v[:, seen], visible, variant)
+    for placed, blocks in packed.blocks:
+        _write_blocks(output, q, k, v, placed, blocks, positions, variant)
     return output
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, offset: int, scaling: float, window: int | None, softcap: float | None
-) -> Float[Tensor, "H Q D"]:
-    """Queries against the keys they can see; the first query stands `offset` keys after the first key."""
-    grouped = q.reshape(k.shape[0], -1, *q.shape[1:])
-    logits = (grouped @ k[:, None].transpose(-1, -2)).float() * scaling  # [K, G, Q, keys]
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    distance = torch.arange(q.shape[1], device=q.device)[:, None] + offset - torch.arange(k.shape[1], device=q.device)
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    weights = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).to(v.dtype)
-    return torch.flatten(weights @ v[:, None], 0, 1)
+def _write_blocks(
+    output: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    placed: Placed,
+    blocks: Blocks,
+    positions: Tensor,
+    variant: Variant,
+) -> None:
+    """Closed prefixes of one sequence, some blocks at a time, on the sequence so far and on themselves."""
+    sequence = torch.tensor([*placed.prompt, *placed.response], dtype=torch.int64, device=q.device)
+    step = max(1, QUERY_BLOCK // blocks.size) * blocks.size
+    for first in range(0, len(blocks.tokens), step):
+        places = torch.tensor(blocks.tokens[first : first + step], device=q.device)
+        block = torch.arange(first, first + len(places), device=q.device) // blocks.size
+        begins = len(placed.prompt) + block  # the position of each query's block
+        before = positions[sequence] < begins[:, None]
+        visible = torch.cat([before, block[:, None] == block], dim=1)
+        keys = torch.cat([sequence, places])
+        visible &= _visible(positions[places], positions[keys], variant.window)
+        output[:, places] = explicit(q[:, places], k[:, keys], v[:, keys], visible, variant)
+
+
+def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Bool[Tensor, "Q L"]:
+    """Which keys a query sees, by their positions in one sequence."""
+    distance = queries[:, None] - keys
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def _span(ranges: list[range]) -> slice:
+    """Ranges that lie side by side, as one."""
+    return slice(ranges[0].start, ranges[-1].stop)
+
+
+def _slice(places: range) -> slice:
+    return slice(places.start, places.stop)

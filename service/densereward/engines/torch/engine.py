@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float32
 from transformers import PreTrainedModel
 
-from densereward.capture import AttentionRow, Captured, Need, PrefixScores, ScoringInput
+from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixMode, PrefixScores, ScoringInput
 from densereward.engines.base import EngineFacts
 from densereward.engines.torch.loading import (
     Dtype,
@@ -20,7 +20,7 @@ from densereward.engines.torch.loading import (
     max_length,
     weights_fingerprint,
 )
-from densereward.engines.torch.packing import PackedBatch, pack, read_positions
+from densereward.engines.torch.packing import PackedBatch, pack
 from densereward.errors import EngineFailure
 from densereward.heads.bradley_terry import BradleyTerryHead
 
@@ -69,9 +69,11 @@ class TorchEngine:
 
     @property
     def provides(self) -> frozenset[Need]:
-        """Prefix scores, and the scored row of every layer."""
+        """Prefix scores, open and closed, and the scored row of every layer."""
         layers = self.facts.layers
-        return frozenset([PrefixScores(), *(AttentionRow(layer) for layer in range(-layers, layers))])
+        return frozenset(
+            [PrefixScores("open"), PrefixScores("closed"), *(AttentionRow(layer) for layer in range(-layers, layers))]
+        )
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         """Score a batch in one pass.
@@ -85,10 +87,10 @@ class TorchEngine:
                 scores, rows = self._run(packed)
         except RuntimeError as error:
             raise EngineFailure(f"the forward pass failed: {error}") from error
-        return self._unpack(batch, packed.bounds, scores, rows)
+        return self._unpack(packed, scores, rows)
 
-    def _run(self, packed: PackedBatch) -> tuple[Float32[np.ndarray, " M"], dict[int, Float32[np.ndarray, " N"]]]:
-        """One pass, one copy back: the head at every read position, then the kept rows."""
+    def _run(self, packed: PackedBatch) -> tuple[Float32[np.ndarray, " M"], dict[int, Float32[np.ndarray, " R"]]]:
+        """One pass, one copy back: the head at every read place, then the kept rows."""
         hidden = self._backbone(
             input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
         ).last_hidden_state[0]
@@ -101,42 +103,46 @@ class TorchEngine:
         return scores.numpy(), {layer: row.numpy() for layer, row in zip(layers, rows, strict=True)}
 
     def _unpack(
-        self,
-        batch: Sequence[ScoringInput],
-        bounds: list[int],
-        scores: Float32[np.ndarray, " M"],
-        rows: dict[int, Float32[np.ndarray, " N"]],
+        self, packed: PackedBatch, scores: Float32[np.ndarray, " M"], rows: dict[int, Float32[np.ndarray, " R"]]
     ) -> list[Captured]:
         """Cut what the pass gave into sequences."""
-        reads = np.split(scores, np.cumsum([len(read_positions(sequence)) for sequence in batch])[:-1])
-        return [
-            self._captured(sequence, start, read, rows)
-            for sequence, start, read in zip(batch, bounds[:-1], reads, strict=True)
-        ]
-
-    def _captured(
-        self,
-        sequence: ScoringInput,
-        start: int,
-        read: Float32[np.ndarray, " _"],
-        rows: dict[int, Float32[np.ndarray, " N"]],
-    ) -> Captured:
-        response = slice(start + sequence.prompt_length, start + sequence.response_stop)
-        prefixes = PrefixScores() in sequence.needs
-        before = min(sequence.prompt_length, 1)  # an empty prompt has no position to read s_0 at
-        return Captured(
-            reward=float(read[0]),
-            length=sequence.response_length,
-            prompt_score=float(read[1]) if prefixes and before else None,
-            prefix_scores=read[1 + before :] if prefixes else None,
-            attention_rows={
-                need.layer: rows[need.layer % self.facts.layers][response]
-                for need in sequence.needs
-                if isinstance(need, AttentionRow)
-            },
-        )
+        captured = []
+        read = key = 0
+        for placed in packed.placed:
+            sequence = placed.sequence
+            reads = scores[read : read + len(placed.reads)]
+            response = slice(key + sequence.prompt_length, key + sequence.response_stop)
+            wanted = {need.layer for need in sequence.needs if isinstance(need, AttentionRow)}
+            captured.append(
+                Captured(
+                    reward=float(reads[0]),
+                    length=sequence.response_length,
+                    prefixes=_prefixes(sequence, reads[1:]),
+                    attention_rows={layer: rows[layer % self.facts.layers][response] for layer in wanted},
+                )
+            )
+            read += len(reads)
+            key += sequence.scored_position + 1
+        return captured
 
     def close(self) -> None:
         """Drop the model and give its memory back."""
         self._model = self._backbone = None
         torch.cuda.empty_cache()
+
+
+def _prefixes(sequence: ScoringInput, reads: Float32[np.ndarray, " _"]) -> dict[PrefixMode, Prefixes]:
+    """Open prefixes come first, then closed ones; each with s_0 wherever there is a token to read it at."""
+    prefixes: dict[PrefixMode, Prefixes] = {}
+    length = sequence.response_length
+    if PrefixScores("open") in sequence.needs:
+        open_reads, reads = np.split(reads, [length + min(sequence.prompt_length, 1)])
+        prefixes["open"] = _with_before(open_reads, length)
+    if PrefixScores("closed") in sequence.needs:
+        prefixes["closed"] = _with_before(reads, length)
+    return prefixes
+
+
+def _with_before(reads: Float32[np.ndarray, " _"], length: int) -> Prefixes:
+    before, after = np.split(reads, [len(reads) - length])
+    return Prefixes(float(before[0]) if len(before) else None, after)
