@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
+
 from tests.benchmarks.__main__ import measure
 from tests.benchmarks.figures import GROUPS
 from tests.benchmarks.floor import model_bytes, model_flops
@@ -24,7 +26,6 @@ from tests.benchmarks.harness import (
     take_turns,
 )
 from tests.benchmarks.work import SMALLEST
-from torch import nn
 
 A_OVER_B = Figure("a / b", over="a", under="b")
 

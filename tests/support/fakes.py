@@ -19,6 +19,7 @@ FACTS = EngineFacts(
     max_length=4096,
     vocabulary_size=320,
     layers=2,
+    batch_tokens=512,
     weights_fingerprint="0",
 )
 

@@ -24,6 +24,7 @@ class EngineFacts:
         max_length: tokens in the longest sequence it reads, closing tokens included.
         vocabulary_size: token ids are below it.
         layers: attention layers, counted from 0.
+        batch_tokens: tokens in a forward pass that the device does best with.
         weights_fingerprint: changes when a weight does.
     """
 
@@ -35,6 +36,7 @@ class EngineFacts:
     max_length: int
     vocabulary_size: int
     layers: int
+    batch_tokens: int
     weights_fingerprint: str
 
 

@@ -27,6 +27,10 @@ from densereward.heads.bradley_terry import BradleyTerryHead
 __all__ = ["TorchEngine"]
 
 
+# On a CPU, larger passes only fall out of the caches; a GPU needs them to be busy.
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
 class TorchEngine:
     """A transformers reward model in this process. See `engines.base.Engine`.
 
@@ -52,6 +56,7 @@ class TorchEngine:
             max_length=max_length(config),
             vocabulary_size=embedding.num_embeddings,
             layers=config.get_text_config().num_hidden_layers,
+            batch_tokens=_BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cuda"]),
             weights_fingerprint=weights_fingerprint(model),
         )
 

@@ -1,0 +1,188 @@
+"""What is measured: the models, the samples, and how large they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from densereward.align import Aligner
+from densereward.capture import ScoringInput
+from densereward.engines.torch.engine import TorchEngine
+from densereward_client.wire import Sample
+
+SEED = 0
+_LENGTH_SPREAD = 0.8  # of their logarithms
+
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+)
+_SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in ("a", "e", "i", "o", "u", "ar", "en")]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
+
+    Attributes:
+        hidden, layers: of the random Llama.
+        samples, mean_length, longest: the batch: how many, and their tokens.
+        long: tokens of the single long sequence.
+        prefixes: response tokens of the sample whose prefixes are all scored.
+        group, group_prompt, group_response: responses to one prompt, the prompt's tokens, and each response's.
+        callers, calls: who calls the server at once, and how often each.
+        rounds: of every group; cheap groups take some more.
+        embedded: whether the embedded model is measured too.
+    """
+
+    hidden: int = 512
+    layers: int = 8
+    samples: int = 32
+    mean_length: int = 170
+    longest: int = 1024
+    long: int = 2048
+    prefixes: int = 256
+    group: int = 8
+    group_prompt: int = 512
+    group_response: int = 64
+    callers: int = 64
+    calls: int = 4
+    rounds: int = 7
+    embedded: bool = True
+
+
+FULL = Size()
+QUICK = replace(
+    FULL, samples=8, mean_length=85, longest=512, long=512, prefixes=64, group_prompt=128, callers=16, calls=2, rounds=3
+)
+SMALLEST = Size(
+    hidden=64,
+    layers=2,
+    samples=4,
+    mean_length=40,
+    longest=80,
+    long=96,
+    prefixes=8,
+    group=3,
+    group_prompt=24,
+    group_response=8,
+    callers=2,
+    calls=2,
+    rounds=2,
+    embedded=False,
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One model and its samples; contestants that are larger are made when they are first asked for."""
+
+    title: str
+    folder: Path
+    size: Size
+    threads: int
+    resources: ExitStack = field(default_factory=ExitStack)
+
+    @cached_property
+    def engine(self) -> TorchEngine:
+        """Our engine."""
+        return TorchEngine.load(str(self.folder), device="cpu", dtype="float32")
+
+    @cached_property
+    def aligner(self) -> Aligner:
+        """Reads samples as the server does."""
+        facts = self.engine.facts
+        return Aligner(AutoTokenizer.from_pretrained(self.folder), facts.max_length, facts.vocabulary_size)
+
+    def peer(self, attention: Literal["eager", "sdpa"]) -> Any:
+        """The same weights in plain transformers."""
+        model = AutoModelForSequenceClassification.from_pretrained(
+            self.folder, dtype=torch.float32, attn_implementation=attention
+        )
+        return model.eval()
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Log-normal lengths of the batch's samples, in tokens: even quantiles, so that no draw was a lucky one."""
+        count, mean = self.size.samples, self.size.mean_length
+        normal = NormalDist(np.log(mean) - _LENGTH_SPREAD**2 / 2, _LENGTH_SPREAD)
+        lengths = np.exp([normal.inv_cdf((i + 0.5) / count) for i in range(count)]).clip(16, self.size.longest)
+        return [int(length) for length in np.random.default_rng(SEED).permutation(lengths)]
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """The batch as a trainer sends it: a quarter of each length is the prompt."""
+        return [self.sample(length // 4, length - length // 4, seed) for seed, length in enumerate(self.lengths)]
+
+    def sample(self, prompt_tokens: int, response_tokens: int, seed: int) -> Sample:
+        """A prompt and a response of so many tokens, give or take a cut word."""
+        prompt, response = (
+            self._text(tokens, np.random.default_rng([SEED, seed, part]))
+            for part, tokens in enumerate((prompt_tokens, response_tokens))
+        )
+        return Sample.model_validate({"messages": [{"role": "user", "content": prompt}], "response": response})
+
+    def _text(self, tokens: int, generator: np.random.Generator) -> str:
+        text = random_text(tokens, generator)
+        return text[: self.aligner.vocabulary.encode(text).offsets[tokens - 1][1]]
+
+    def sequences(self, samples: Sequence[Sample]) -> list[ScoringInput]:
+        """The samples as the engine takes them, closing tokens included."""
+        return [self.aligner.align(sample).sequence for sample in samples]
+
+
+def random_text(words: int, generator: np.random.Generator) -> str:
+    """Made-up words of one to three syllables."""
+    return " ".join("".join(generator.choice(_SYLLABLES, generator.integers(1, 4))) for _ in range(words))
+
+
+def write_random_model(folder: Path, size: Size) -> Path:
+    """A Llama with random weights, large enough for attention to differ from uniform, and a tokenizer."""
+    tokenizer = _tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        intermediate_size=3 * size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+        initializer_range=0.06,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config.num_labels = 1
+    torch.manual_seed(SEED)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, as most models have it, trained on text like the samples'."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=8192,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([random_text(20_000, np.random.default_rng(SEED))], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>", chat_template=_CHATML
+    )
