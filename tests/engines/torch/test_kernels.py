@@ -1,0 +1,77 @@
+"""Attention in parts against attention written out whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from densereward.engines.torch.kernels import Part, Variant, attend, attend_each, explicit, merge
+
+
+def tensors(queries: int, keys: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(6, queries, 16, generator=generator),
+        torch.randn(2, keys, 16, generator=generator),
+        torch.randn(2, keys, 16, generator=generator),
+    )
+
+
+def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """One query of one head at a time."""
+    output = torch.zeros(q.shape[0], q.shape[1], v.shape[2])
+    for head in range(q.shape[0]):
+        for query in range(q.shape[1]):
+            scores = variant.scaling * k[head // 3] @ q[head, query]
+            if variant.softcap is not None:
+                scores = variant.softcap * torch.tanh(scores / variant.softcap)
+            shares = torch.softmax(scores[visible[query]], dim=0)
+            output[head, query] = shares @ v[head // 3][visible[query]]
+    return output
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 5), (4, 9)])
+def test_a_fused_call_equals_the_naive_loop(queries: int, keys: int, causal: bool) -> None:
+    q, k, v = tensors(queries, keys)
+    visible = torch.ones(queries, keys, dtype=torch.bool)
+    expected = naive(q, k, v, visible.tril() if causal else visible, Variant(0.3))
+    torch.testing.assert_close(attend(q, k, v, 0.3, causal=causal).output, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_what_is_written_out_equals_the_naive_loop(softcap: float | None) -> None:
+    q, k, v = tensors(5, 7)
+    visible = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.5
+    visible[:, 0] = True
+    variant = Variant(0.3, softcap=softcap)
+    torch.testing.assert_close(
+        explicit(q, k, v, visible, variant), naive(q, k, v, visible, variant), atol=1e-5, rtol=1e-5
+    )
+
+
+@given(keys=st.lists(st.integers(1, 9), min_size=1, max_size=4), queries=st.integers(1, 5), seed=st.integers(0, 99))
+def test_merged_parts_are_attention_over_all_their_keys(keys: list[int], queries: int, seed: int) -> None:
+    q, k, v = tensors(queries, sum(keys), seed)
+    pieces = zip(k.split(keys, 1), v.split(keys, 1), strict=True)
+    whole = attend(q, k, v, 0.3, causal=False)
+    merged = merge([attend(q, *piece, 0.3, causal=False) for piece in pieces])
+    torch.testing.assert_close(merged.output, whole.output, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged.weight, whole.weight, atol=1e-5, rtol=1e-5)
+
+
+def test_a_part_of_no_keys_adds_nothing() -> None:
+    q, k, v = tensors(3, 4)
+    part = attend(q, k, v, 0.3, causal=False)
+    nothing = Part(torch.zeros_like(part.output), torch.full_like(part.weight, -torch.inf))
+    torch.testing.assert_close(merge([nothing, part]).output, part.output)
+
+
+def test_stretches_side_by_side_do_not_see_each_other() -> None:
+    q, k, v = tensors(7, 7)
+    both = attend_each(q, k, v, [3, 4], [3, 4], 0.3, causal=True)
+    alone = attend(q[:, 3:], k[:, 3:], v[:, 3:], 0.3, causal=True)
+    torch.testing.assert_close(both.output[:, 3:], alone.output)
+    torch.testing.assert_close(both.weight[:, 3:], alone.weight)
