@@ -1,0 +1,77 @@
+"""What the README shows is true: its request, its client, its tables, its commands."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from densereward.methods import METHODS
+from serving import Server, answer, serving
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("readme") / "log", "--model", str(tiny_llama)) as running:
+        yield running
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_curl_is_answered(server: Server) -> None:
+    (body,) = (re.search(r"-d '(.*)'", block, re.DOTALL) for block in blocks("sh") if "curl" in block)
+    assert body is not None
+    content = answer(httpx.post(f"{server.url}/token_rewards", json=json.loads(body[1]), trust_env=False))
+    item = content["data"][0]
+    assert set(item["token_rewards"]) == {"red", "abc"}
+    assert "".join(item["tokens"]) == "The food was great, but the music was awful."
+
+
+def test_the_client_in_five_lines_runs(server: Server) -> None:
+    (program,) = blocks("python")
+    assert len([line for line in program.splitlines() if line.strip()]) <= 5
+    names: dict[str, Any] = {}
+    exec(program.replace("http://127.0.0.1:8000", server.url), names)
+    assert names["rewards"].shape == names["mask"].shape
+    assert names["mask"].all()
+
+
+def test_the_table_of_methods_is_the_servers(server: Server) -> None:
+    section = README.split("## Methods")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|.*$", section, re.MULTILINE)
+    assert rows == list(METHODS) == list(server.get("/v1/models").json()["data"][0]["methods"])
+
+
+def test_the_parameters_and_defaults_in_the_table_are_the_methods_own() -> None:
+    section = README.split("## Methods")[1].split("\n## ")[0]
+    for name in METHODS:
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", section, re.MULTILINE)
+        fields = METHODS[name].params_type.model_fields
+        parameters = row.split("|")[3]
+        assert set(re.findall(r"`(\w+)` \(", parameters)) == set(fields)
+        for parameter, field in fields.items():
+            shown = re.search(rf"`{parameter}` \(`?([\w.]+)", parameters)
+            assert shown is not None
+            assert shown[1] == f"{field.default:g}" if isinstance(field.default, float) else shown[1] == field.default
+
+
+def test_the_commands_it_names_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)", README)) <= targets
+    assert set(re.findall(r"(?:^|`|or: )densereward (\w+)", README, re.MULTILINE)) <= {"serve", "score", "demo"}
+
+
+def test_the_files_it_links_to_are_there() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
