@@ -88,7 +88,8 @@ class Aligner:
         text = self._tokenize(sample)
         closing = missing_closing(text.response_ids, self.closing_ids) if sample.finished else []
         token_ids = [*text.prompt_ids, *text.response_ids, *closing]
-        self._check_ids(token_ids)
+        self._check_length(token_ids)
+        self._check_vocabulary(token_ids)
         sequence = ScoringInput(
             token_ids=token_ids,
             prompt_length=len(text.prompt_ids),
@@ -101,6 +102,8 @@ class Aligner:
         return Aligned(sequence, slots, TrainerTokens(slots.count, weights, sample.finished), text.spans, text.warnings)
 
     def _tokenize(self, sample: Sample) -> _Text:
+        self._check_vocabulary(sample.prompt_token_ids or [])
+        self._check_vocabulary(sample.response_token_ids or [])
         if sample.prompt_token_ids is not None:
             prompt_text, prompt_ids = None, list(sample.prompt_token_ids)
         else:
@@ -166,7 +169,7 @@ class Aligner:
             )
         return notices
 
-    def _check_ids(self, token_ids: Sequence[int]) -> None:
+    def _check_length(self, token_ids: Sequence[int]) -> None:
         if not token_ids:
             raise InvalidRequest("prompt and response hold no token, so there is nothing to score", code="empty_sample")
         if len(token_ids) > self.max_length:
@@ -176,7 +179,9 @@ class Aligner:
                 tokens=len(token_ids),
                 limit=self.max_length,
             )
-        lowest, highest = min(token_ids), max(token_ids)
+
+    def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
+        lowest, highest = min(token_ids, default=0), max(token_ids, default=0)
         if lowest < 0 or highest >= self._vocabulary_size:
             raise InvalidRequest(
                 f"token id {lowest if lowest < 0 else highest} is not in the model's vocabulary of "

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from densereward import __version__
-from densereward.errors import DenseRewardError
+from densereward.errors import DenseRewardError, NotReady
 from densereward.routes import operations, scoring
 from densereward.service import Service
 from densereward.settings import ServerSettings
@@ -78,7 +78,8 @@ async def _known_error(request: Request, error: Exception) -> JSONResponse:
         raise error
     if error.status >= 499:
         error.details.setdefault("request_id", request.state.request_id)
-        logger.warning("%s %s: %s", request.state.request_id, error.error_code, error.message)
+        level = logging.INFO if isinstance(error, NotReady) else logging.WARNING  # a probe asks every few seconds
+        logger.log(level, "%s %s: %s", request.state.request_id, error.error_code, error.message)
     retry_after = getattr(error, "retry_after", None)
     headers = {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
     if error.status == 401:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -18,10 +18,12 @@ _COMMANDS = {
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; exits with 2 on wrong usage and 1 on failure."""
     given = sys.argv[1:] if arguments is None else arguments
-    if not given or given[0] not in _COMMANDS:
-        print(_usage())  # noqa: T201
-        sys.exit(0 if given and given[0] in ("-h", "--help") else 2)
-    _run(given[0], given[1:])
+    if given and given[0] in _COMMANDS:
+        _run(given[0], given[1:])
+        return
+    asked = bool(given) and given[0] in ("-h", "--help")
+    print(_usage(), file=sys.stdout if asked else sys.stderr)
+    sys.exit(0 if asked else 2)
 
 
 def _run(name: str, arguments: list[str]) -> None:
@@ -31,15 +33,26 @@ def _run(name: str, arguments: list[str]) -> None:
 
         command = _load(_COMMANDS[name][0])
     except ModuleNotFoundError as error:
-        sys.exit(f"densereward {name} needs {error.name}: pip install 'densereward[service]'")
+        _exit(1, f"densereward {name} needs {error.name}: pip install 'densereward[service]'")
     from densereward.errors import DenseRewardError
+    from densereward.problems import problems_of, told
+    from densereward_client import DenseRewardError as ClientError
 
     try:
         CliApp.run(command, cli_args=arguments)
-    except (ValidationError, SettingsError) as error:
-        sys.exit(f"densereward {name}: {error}\nSee densereward {name} --help")
-    except DenseRewardError as error:
-        sys.exit(f"densereward {name}: {error.message}")
+    except ValidationError as error:
+        _exit(2, f"densereward {name}: {told(problems_of(error))}\nSee densereward {name} --help")
+    except SettingsError as error:
+        _exit(2, f"densereward {name}: {error}")
+    except (DenseRewardError, ClientError) as error:
+        _exit(1, f"densereward {name}: {error}")
+    except KeyboardInterrupt:
+        _exit(130, f"densereward {name}: stopped")
+
+
+def _exit(status: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)  # noqa: T201
+    sys.exit(status)
 
 
 def _load(path: str) -> Any:

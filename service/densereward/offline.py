@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,43 +12,50 @@ import orjson
 from pydantic import ValidationError
 
 from densereward.errors import DenseRewardError, InvalidRequest
+from densereward.problems import invalid, problems_of
 from densereward_client.wire import Sample
 
-__all__ = ["ScoredLines", "count_samples", "read_samples", "write_parquet"]
+__all__ = ["CHUNK", "ScoredLines", "count_samples", "read_samples", "write_parquet"]
 
-_CHUNK = 256
+CHUNK = 256
+"""Samples that are scored together. A number's last digits may depend on that company."""
+
+_FOREIGN = "remove the file, or write to another"
 
 
 def count_samples(path: Path) -> int:
     """Samples in a file of JSON lines; blank lines are none."""
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+    return sum(1 for _ in _lines(path))
 
 
 def read_samples(path: Path, skip: int) -> Iterator[list[Sample | DenseRewardError]]:
     """Samples in chunks, past the first `skip`; a line that is no sample becomes its error."""
+    lines = islice(_lines(path), skip, None)
+    while chunk := list(islice(lines, CHUNK)):
+        yield [_sample(line) for line in chunk]
+
+
+def _lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        lines = islice((line for line in file if line.strip()), skip, None)
-        while chunk := list(islice(lines, _CHUNK)):
-            yield [_sample(line) for line in chunk]
+        yield from filter(None, map(bytes.strip, file))
 
 
 def _sample(line: bytes) -> Sample | DenseRewardError:
     try:
         return Sample.model_validate_json(line)
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = ".".join(map(str, problem["loc"]))
-        return InvalidRequest(f"{field}: {problem['msg']}" if field else problem["msg"])
+        problems = problems_of(error)
+    return invalid(problems, sample=None if problems[0]["type"] == "json_invalid" else orjson.loads(line))
 
 
 class ScoredLines:
     """A file of answers that grows by whole lines, so that a run that was stopped can go on.
 
-    Every line carries the fingerprint and the methods it was scored with.
+    Every line says what it was scored with: the model's fingerprint, the methods, a hash of the sample's line.
 
     Args:
         path: the file, new or from an earlier run.
+        samples: the file that is scored.
         fingerprint: of the model.
         methods: asked for by name; None for the default.
 
@@ -56,39 +64,61 @@ class ScoredLines:
         errors: how many of them are errors.
 
     Raises:
-        InvalidRequest: the file holds answers of another model or other methods.
+        InvalidRequest: the file holds anything but answers of this model and these methods to these samples.
     """
 
-    def __init__(self, path: Path, fingerprint: str, methods: list[str] | None) -> None:
-        self._scored_with = {"fingerprint": fingerprint, "methods": methods}
+    def __init__(self, path: Path, samples: Path, fingerprint: str, methods: list[str] | None) -> None:
         self._path = path
-        self.count = 0
-        self.errors = 0
-        self._file: IO[bytes] = path.open("r+b" if path.exists() else "w+b")
-        self._read_back()
+        self._samples = samples
+        self._run = {"fingerprint": fingerprint, "methods": methods}
+        self.count, self.errors, end = self._read_back() if path.exists() else (0, 0, 0)
+        self._scored_with = islice(self._each_scored_with(), self.count, None)
+        self._file: IO[bytes] = path.open("ab")
+        self._file.truncate(end)
 
-    def _read_back(self) -> None:
-        end = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break  # torn by the end of the earlier run: written again
+    def _each_scored_with(self) -> Iterator[dict[str, Any]]:
+        for line in _lines(self._samples):
+            yield self._run | {"sample": hashlib.sha256(line).hexdigest()[:16]}
+
+    def _read_back(self) -> tuple[int, int, int]:
+        """Answers, errors and bytes to keep of an earlier run: its whole chunks, or all if it came to its end."""
+        expected = self._each_scored_with()
+        failed: list[bool] = []
+        ends = [0]
+        with self._path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    self._check_torn(line, len(failed))
+                    break
+                failed.append("error" in self._own(line, len(failed), next(expected, None)))
+                ends.append(ends[-1] + len(line))
+        finished = next(expected, None) is None
+        count = len(failed) if finished else len(failed) // CHUNK * CHUNK
+        return count, sum(failed[:count]), ends[count]
+
+    def _own(self, line: bytes, index: int, expected: dict[str, Any] | None) -> dict[str, Any]:
+        try:
             answer = orjson.loads(line)
-            if answer.get("scored_with") != self._scored_with:
-                raise InvalidRequest(
-                    f"{self._path} holds answers scored with {answer.get('scored_with')}, and this run has "
-                    f"{self._scored_with}; remove the file, or write to another",
-                    code="other_run",
-                )
-            end += len(line)
-            self.count += 1
-            self.errors += "error" in answer
-        self._file.seek(end)
-        self._file.truncate()
+        except ValueError:
+            answer = None
+        found = answer.get("scored_with") if isinstance(answer, dict) else None
+        if found is None or found != expected:
+            raise InvalidRequest(
+                f"line {index + 1} of {self._path} was scored with {found}, and this run has {expected}; {_FOREIGN}",
+                code="other_run",
+            )
+        return dict(answer)
+
+    def _check_torn(self, line: bytes, index: int) -> None:
+        """A line without an end is written again, if it begins as it would here."""
+        start = f'{{"index":{index},'.encode()
+        if line[: len(start)] != start[: len(line)]:
+            raise InvalidRequest(f"line {index + 1} of {self._path} is no answer; {_FOREIGN}", code="other_run")
 
     def append(self, items: list[dict[str, Any]]) -> None:
         """Write the answers of a chunk; their index becomes the line's."""
         for item in items:
-            line = item | {"index": self.count, "scored_with": self._scored_with}
+            line = _moved(item, self.count) | {"scored_with": next(self._scored_with)}
             self._file.write(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
             self.count += 1
             self.errors += "error" in item
@@ -99,6 +129,18 @@ class ScoredLines:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _moved(item: dict[str, Any], index: int) -> dict[str, Any]:
+    """An item of a chunk at its place in the file."""
+    if "error" not in item:
+        return item | {"index": index}
+    error = item["error"]
+    message = error["message"].removeprefix(f"samples[{item['index']}]: ")
+    return item | {
+        "index": index,
+        "error": error | {"message": message, "details": error["details"] | {"index": index}},
+    }
 
 
 def write_parquet(lines: Path, output: Path) -> None:
@@ -120,7 +162,7 @@ def write_parquet(lines: Path, output: Path) -> None:
     )
     partial = output.with_name(output.name + ".partial")
     with lines.open("rb") as file, pq.ParquetWriter(partial, schema) as writer:
-        while chunk := list(islice(file, _CHUNK)):
+        while chunk := list(islice(file, CHUNK)):
             rows = [_row(orjson.loads(line), keys) for line in chunk]
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     partial.replace(output)

@@ -71,7 +71,7 @@ class Pipeline:
         """
         started = time.perf_counter()
         aligned = await asyncio.to_thread(self._align, request, samples, ())
-        scored = await self._score(request, aligned, frozenset())
+        scored = await self._score(request, samples, aligned, frozenset())
         return self._answer("rewards", samples, aligned, scored, reward_item, started)
 
     async def token_rewards(self, request: TokenRewardsRequest, samples: Samples) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Pipeline:
         plans = plan(request, self._engine)
         needs = needs_of(plans, request, self._engine)
         aligned = await asyncio.to_thread(self._align, request, samples, plans)
-        scored = await self._score(request, aligned, needs)
+        scored = await self._score(request, samples, aligned, needs)
 
         def item(index: int, sample: Sample, part: Aligned, captured: Captured) -> dict[str, Any]:
             vocabulary = self._aligner.vocabulary
@@ -118,15 +118,21 @@ class Pipeline:
         return aligned
 
     async def _score(
-        self, request: RewardsRequest, aligned: Sequence[Aligned | DenseRewardError], needs: frozenset[Need]
+        self,
+        request: RewardsRequest,
+        samples: Samples,
+        aligned: Sequence[Aligned | DenseRewardError],
+        needs: frozenset[Need],
     ) -> list[Scored | DenseRewardError]:
         """Run what could be aligned; errors keep their places."""
         sequences = [replace(each.sequence, needs=needs) for each in aligned if isinstance(each, Aligned)]
         results = iter(await self._batcher.score(sequences))
         scored: list[Scored | DenseRewardError] = []
-        for index, part in enumerate(aligned):
+        for index, (sample, part) in enumerate(zip(samples, aligned, strict=True)):
             result = _finite(next(results)) if isinstance(part, Aligned) else part
-            scored.append(_in_its_place(result, index, None, request) if isinstance(result, EngineFailure) else result)
+            if isinstance(result, EngineFailure):
+                result = _in_its_place(result, index, sample, request)
+            scored.append(result)
         return scored
 
     def _answer(
@@ -186,7 +192,7 @@ def _finite(result: Scored | EngineFailure) -> Scored | EngineFailure:
 
 
 def _in_its_place(
-    error: DenseRewardError, index: int, sample: Sample | DenseRewardError | None, request: RewardsRequest
+    error: DenseRewardError, index: int, sample: Sample | DenseRewardError, request: RewardsRequest
 ) -> DenseRewardError:
     """The error with the sample's index, to stand for the sample, or raised where one bad sample fails them all."""
     error.details["index"] = index

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from pathlib import Path
 
 from densereward.align import Aligner
 from densereward.batcher import Batcher
@@ -34,6 +35,8 @@ def load(settings: ModelSettings) -> tuple[Engine, Aligner]:
         from densereward.default_model import ensure_default_model
 
         source = str(ensure_default_model())
+    elif source.startswith(("/", ".", "~")) and not Path(source).is_dir():
+        raise ModelError(f"there is no folder {source}")
     engine: Engine = ENGINES["torch"].load(
         source, revision=settings.revision, device=settings.device, dtype=settings.dtype
     )
@@ -77,9 +80,12 @@ class Service:
         except Exception as error:
             self.failure = error
             raise
+        if self.draining:
+            engine.close()
+            return
         batcher = Batcher(
             engine,
-            max_batch_tokens=self.settings.max_batch_tokens,
+            max_batch_tokens=self.settings.max_batch_tokens or engine.facts.batch_tokens,
             max_queue_tokens=self.settings.max_queue_tokens,
             metrics=self.metrics,
         )
@@ -90,13 +96,13 @@ class Service:
         logger.info("ready: %s (%s, %s on %s)", name, facts.family, facts.dtype, facts.device)
 
     def drain(self) -> None:
-        """Take no new requests; those under way are finished."""
+        """Take no new requests; those under way are finished. Takes no lock, so that a signal handler may call it."""
         self.draining = True
-        self.metrics.ready(False)
 
     async def stop(self) -> None:
         """Finish what waits and free the device."""
         self.drain()
+        self.metrics.ready(False)
         if self._pipeline is not None:
             await self._pipeline.close()
 

@@ -1,16 +1,25 @@
 """Every knob, once. A flag of `densereward serve`, an environment variable DENSEREWARD_*, or a line of a TOML file.
 
-Flags win over the environment, the environment over the file (`DENSEREWARD_CONFIG=FILE`).
+Flags win over the environment, the environment over the file (`DENSEREWARD_CONFIG=FILE`). An empty flag or variable
+is one that was not given.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import tomllib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, SecretStr
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 __all__ = ["ModelSettings", "ServerSettings"]
 
@@ -32,7 +41,9 @@ class ModelSettings(BaseSettings):
     max_length: PositiveInt | None = Field(
         None, description="Tokens in the longest sequence served; by default what the model's config gives."
     )
-    max_batch_tokens: PositiveInt = Field(16384, description="Tokens in one forward pass.")
+    max_batch_tokens: PositiveInt | None = Field(
+        None, description="Tokens in one forward pass; by default 16384 on a GPU and 2048 on the CPU."
+    )
     max_queue_tokens: PositiveInt = Field(1_048_576, description="Tokens that may wait; beyond that, 429.")
 
     @classmethod
@@ -47,7 +58,21 @@ class ModelSettings(BaseSettings):
         """Flags, then the environment, then the file that DENSEREWARD_CONFIG names."""
         file = os.environ.get("DENSEREWARD_CONFIG")
         sources = (init_settings, env_settings, dotenv_settings, file_secret_settings)
-        return (*sources, TomlConfigSettingsSource(settings_cls, Path(file))) if file else sources
+        return (*sources, InitSettingsSource(settings_cls, _read(Path(file), settings_cls))) if file else sources
+
+
+def _read(file: Path, settings_cls: type[BaseSettings]) -> dict[str, object]:
+    """The file's lines, without those that only the server knows; a line nobody knows is refused like a flag.
+
+    Raises:
+        SettingsError: no such file, or no TOML.
+    """
+    try:
+        lines = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"DENSEREWARD_CONFIG={file}: {error}") from error
+    servers_own = ServerSettings.model_fields.keys() - settings_cls.model_fields.keys()
+    return {name: value for name, value in lines.items() if name not in servers_own}
 
 
 class ServerSettings(ModelSettings):
@@ -61,3 +86,11 @@ class ServerSettings(ModelSettings):
     request_timeout: PositiveFloat = Field(300.0, description="Seconds for one request; beyond that, 504.")
     drain_timeout: PositiveFloat = Field(60.0, description="Seconds that SIGTERM leaves to requests under way.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of the server's log.")
+
+    @field_validator("api_key")
+    @classmethod
+    def _can_be_sent(cls, key: SecretStr | None) -> SecretStr | None:
+        """A key that no header carries would lock everybody out."""
+        if key is not None and not re.fullmatch(r"[!-~]+", key.get_secret_value()):
+            raise ValueError("a key is printable ASCII without spaces, at least one character")
+        return key

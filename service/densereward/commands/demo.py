@@ -53,7 +53,8 @@ def _server(model: ModelSettings) -> Iterator[str]:
     Raises:
         ModelError: the model cannot be served.
     """
-    settings = ServerSettings(**model.model_dump(include=set(ModelSettings.model_fields)), log_level="warning")
+    knobs = model.model_dump(include=set(ModelSettings.model_fields))
+    settings = ServerSettings(**knobs, api_key=None, log_level="warning")
     server = make_server(settings)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")

@@ -11,7 +11,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, FilePath, model_validator
 from pydantic_settings import CliPositionalArg
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,16 +27,27 @@ __all__ = ["Score"]
 class Score(ModelSettings, cli_prog_name="densereward score", **FLAGS):
     """Score a file of samples without a server. Run again, it goes on where it stopped."""
 
-    file: CliPositionalArg[Path] = Field(description="JSON lines, a sample each, as in POST /token_rewards.")
+    file: CliPositionalArg[FilePath] = Field(description="JSON lines, a sample each, as in POST /token_rewards.")
     output: Path = Field(
         validation_alias=AliasChoices("o", "output"), description="OUT.jsonl or OUT.parquet: a sample each, in order."
     )
     methods: list[str] | None = Field(None, description="Methods by name; may be repeated.")
 
+    @model_validator(mode="after")
+    def _output_can_be_written(self) -> Score:
+        """Found out before a model is loaded."""
+        if not self.output.parent.is_dir():
+            raise ValueError(f"there is no folder {self.output.parent}")
+        if self.output.is_dir():
+            raise ValueError(f"{self.output} is a folder")
+        if self.output.exists() and self.output.samefile(self.file):
+            raise ValueError(f"{self.output} is the file of samples")
+        return self
+
     def cli_cmd(self) -> None:
         """Score; exits with 1 if a sample could not be scored, whose line then says why."""
         if failed := asyncio.run(self._score()):
-            sys.exit(f"{failed} samples could not be scored; `error` in {self.output} says why")
+            sys.exit(f"not scored: {failed} of the samples; `error` in {self.output} says why")
 
     async def _score(self) -> int:
         service = Service(self.model_copy(update={"max_queue_tokens": sys.maxsize}))
@@ -52,7 +63,7 @@ class Score(ModelSettings, cli_prog_name="densereward score", **FLAGS):
         path = self.output.with_name(self.output.name + ".lines") if parquet else self.output
         methods = None if self.methods is None else list[str | MethodRequest](self.methods)
         envelope = TokenRewardsRequest.model_construct(methods=methods, on_error="item", samples=[])
-        with ScoredLines(path, pipeline.fingerprint, self.methods) as lines, _progress() as progress:
+        with ScoredLines(path, self.file, pipeline.fingerprint, self.methods) as lines, _progress() as progress:
             task = progress.add_task("scoring", total=count_samples(self.file), completed=lines.count)
             for samples in read_samples(self.file, skip=lines.count):
                 answer = await pipeline.token_rewards(envelope, samples)

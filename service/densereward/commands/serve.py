@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
 from types import FrameType
 
@@ -16,6 +17,8 @@ from densereward.settings import ServerSettings
 
 __all__ = ["Serve", "make_server"]
 
+logger = logging.getLogger("densereward")
+
 
 class Serve(ServerSettings, cli_prog_name="densereward serve", **FLAGS):
     """Answer trainers over HTTP. Flags win over DENSEREWARD_* in the environment."""
@@ -24,9 +27,21 @@ class Serve(ServerSettings, cli_prog_name="densereward serve", **FLAGS):
         """Serve until a signal; exits with 1 if the model cannot be served."""
         logging.basicConfig(level=self.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         server = make_server(self)
-        server.run()
+        with _listener(self.host, self.port) as listener:
+            server.run(sockets=[listener])
         if server.failed:
             sys.exit(1)
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """The open port; one that is taken is found out before a model is loaded."""
+    family, shown = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        sys.exit(f"densereward serve: cannot listen on {shown}:{port}: {error.strerror}")
+    logger.info("listening on http://%s:%d", shown, listener.getsockname()[1])
+    return listener
 
 
 class _Server(uvicorn.Server):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from itertools import groupby
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
-from densereward.errors import ClientGone, DenseRewardError, InvalidRequest, MalformedJSON, TooLarge
+from densereward.errors import ClientGone, DenseRewardError, MalformedJSON, TooLarge
+from densereward.problems import invalid, problems_of
 from densereward.settings import ServerSettings
 from densereward_client.wire import RewardsRequest, Sample
 
@@ -42,55 +45,39 @@ async def read_request(request: Request, kind: type[R], settings: ServerSettings
 
 
 def read(body: bytes, kind: type[R]) -> tuple[R, Samples]:
-    """Parse a body. Under on_error=item, samples that cannot be read become errors in their places.
+    """Parse a body. A sample that cannot be read becomes its error, in its place.
 
     Raises:
         MalformedJSON: not JSON.
-        InvalidRequest: JSON that is not such a request; names the first field that is wrong.
+        InvalidRequest: JSON that is not such a request, whatever its samples.
     """
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        problems = problems_of(error)
     else:
         return request, list(request.samples)
     if problems[0]["type"] == "json_invalid":
         raise MalformedJSON(f"the body is not JSON: {problems[0]['msg']}")
-    raw = json.loads(body)
-    if _serves_items(raw) and all(_sample_index(problem) is not None for problem in problems):
-        return _with_errors(raw, kind, problems)
-    raise _invalid(problems[0], raw)
+    if of_the_request := [problem for problem in problems if _sample_index(problem) is None]:
+        raise invalid(of_the_request)
+    return _with_errors(json.loads(body), kind, problems)
 
 
-def _serves_items(raw: Any) -> bool:
-    return isinstance(raw, dict) and raw.get("on_error") == "item"
-
-
-def _with_errors(raw: dict[str, Any], kind: type[R], problems: list[Any]) -> tuple[R, Samples]:
-    errors = {_sample_index(problem): _invalid(problem, raw) for problem in reversed(problems)}
-    readable = [_PLACEHOLDER if i in errors else sample for i, sample in enumerate(raw["samples"])]
-    request = kind.model_validate_json(json.dumps(raw | {"samples": readable}))
-    return request, [errors.get(i, sample) for i, sample in enumerate(request.samples)]
-
-
-def _sample_index(problem: Any) -> int | None:
+def _sample_index(problem: ErrorDetails) -> int | None:
     location = problem["loc"]
-    return location[1] if len(location) > 1 and location[0] == "samples" else None
+    return int(location[1]) if len(location) > 1 and location[0] == "samples" else None
 
 
-def _invalid(problem: Any, raw: Any) -> InvalidRequest:
-    location = list(problem["loc"])
-    index = _sample_index(problem)
-    message = problem["msg"].removeprefix("Value error, ")
-    if index is None:
-        field = ".".join(map(str, location))
-        return InvalidRequest(f"{field}: {message}" if field else message, field=field)
-    field = ".".join(map(str, location[2:]))
-    details: dict[str, Any] = {"index": index} | ({"field": field} if field else {})
-    sample = raw["samples"][index]
-    if isinstance(sample, dict) and isinstance(sample.get("id"), str):
-        details["id"] = sample["id"]
-    return InvalidRequest(f"{field}: {message}" if field else message, **details)
+def _with_errors(raw: dict[str, Any], kind: type[R], problems: list[ErrorDetails]) -> tuple[R, Samples]:
+    """The request with a placeholder for every bad sample, and the samples with the errors instead."""
+    grouped = {index: list(group) for index, group in groupby(problems, _sample_index) if index is not None}
+    readable = [_PLACEHOLDER if i in grouped else sample for i, sample in enumerate(raw["samples"])]
+    request = kind.model_validate_json(json.dumps(raw | {"samples": readable}))
+    samples: Samples = list(request.samples)
+    for index, of_the_sample in grouped.items():
+        samples[index] = invalid(of_the_sample, inside=2, sample=raw["samples"][index])
+    return request, samples
 
 
 async def _body(request: Request, limit: int) -> bytes:

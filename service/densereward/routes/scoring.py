@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Coroutine
-from typing import Annotated, Any
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Depends, Header, Request, Response
 
 from densereward.errors import ClientGone, DeadlineExceeded, Unauthorized
+from densereward.pipeline import Pipeline, Samples
 from densereward.routes.reading import read_request
 from densereward.service import Service
 from densereward.settings import ServerSettings
@@ -24,14 +25,16 @@ from densereward_client.wire import (
 
 __all__ = ["router"]
 
+R = TypeVar("R", bound=RewardsRequest)
+
 
 def require_key(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
     """Where a key is set, the request must bring it as a bearer token."""
     key = request.app.state.settings.api_key
     if key is None:
         return
-    expected = f"Bearer {key.get_secret_value()}"
-    if authorization is None or not hmac.compare_digest(authorization.encode(), expected.encode()):
+    scheme, _, given = (authorization or "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), key.get_secret_value().encode()):
         raise Unauthorized("this server asks for its key: send the header Authorization: Bearer KEY")
 
 
@@ -53,37 +56,44 @@ def _body(model: type[RewardsRequest]) -> dict[str, Any]:
 )
 async def token_rewards(request: Request) -> Response:
     """Sequence rewards, and the same rewards given to the response's tokens."""
-    service: Service = request.app.state.service
-    settings: ServerSettings = request.app.state.settings
-    service.pipeline  # noqa: B018  # refuse before reading the body
-    parsed, samples = await read_request(request, TokenRewardsRequest, settings)
-    work = service.pipeline_for(parsed.model).token_rewards(parsed, samples)
-    return await _answer(request, work, settings.request_timeout)
+    return await _answer(request, TokenRewardsRequest, Pipeline.token_rewards)
 
 
 @router.post("/rewards", responses={200: {"model": RewardsResponse}}, openapi_extra=_body(RewardsRequest))
 async def rewards(request: Request) -> Response:
     """Sequence rewards only."""
+    return await _answer(request, RewardsRequest, Pipeline.rewards)
+
+
+async def _answer(
+    request: Request, kind: type[R], score: Callable[[Pipeline, R, Samples], Coroutine[Any, Any, dict[str, Any]]]
+) -> Response:
+    """Read and score within the time that a request has."""
     service: Service = request.app.state.service
     settings: ServerSettings = request.app.state.settings
     service.pipeline  # noqa: B018  # refuse before reading the body
-    parsed, samples = await read_request(request, RewardsRequest, settings)
-    work = service.pipeline_for(parsed.model).rewards(parsed, samples)
-    return await _answer(request, work, settings.request_timeout)
+    try:
+        async with asyncio.timeout(settings.request_timeout):
+            parsed, samples = await read_request(request, kind, settings)
+            work = score(service.pipeline_for(parsed.model), parsed, samples)
+            answer = await _unless_caller_leaves(request, work)
+            content = await asyncio.to_thread(orjson.dumps, answer, option=orjson.OPT_SERIALIZE_NUMPY)
+    except TimeoutError as error:
+        raise DeadlineExceeded(
+            f"the request took longer than {settings.request_timeout:g} s; send fewer samples, or raise the limit"
+        ) from error
+    return Response(content, media_type="application/json")
 
 
-async def _answer(request: Request, work: Coroutine[Any, Any, dict[str, Any]], seconds: float) -> Response:
-    """Do the work, unless the caller leaves or its time runs out first; then it is dropped."""
+async def _unless_caller_leaves(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """The work's result; once the caller has left or the time has run out, the work is dropped."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_caller_left(request))
     try:
-        await asyncio.wait({working, watching}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
-            content = await asyncio.to_thread(orjson.dumps, working.result(), option=orjson.OPT_SERIALIZE_NUMPY)
-            return Response(content, media_type="application/json")
-        if watching.done():
-            raise ClientGone("the caller left before the answer was ready")
-        raise DeadlineExceeded(f"the request took longer than {seconds:g} s; send fewer samples, or raise the limit")
+            return working.result()
+        raise ClientGone("the caller left before the answer was ready")
     finally:
         working.cancel()
         watching.cancel()

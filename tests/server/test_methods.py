@@ -1,0 +1,170 @@
+"""Methods of a request: the default, several, their parameters and names, and what `include` adds."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serving import Api, Json
+
+SAMPLE = {"prompt_token_ids": [5, 6, 7], "response_token_ids": [10, 11, 12, 13]}
+NAMES = "red, abc, uniform, sparse, weights"
+
+
+def rewards(item: Json, method: str) -> Any:
+    return pytest.approx(item["token_rewards"][method], abs=1e-6)
+
+
+def test_red_is_the_default(api: Api) -> None:
+    assert api.item(SAMPLE) == api.item(SAMPLE, methods=["red"]) == api.item(SAMPLE, methods=None)
+
+
+def test_several_methods_share_one_forward_pass(api: Api) -> None:
+    one = api.answer([SAMPLE])
+    several = api.answer([SAMPLE], methods=["red", "abc", "uniform", "sparse"])
+    assert several["usage"] == one["usage"]
+    [item] = several["data"]
+    assert item["reward"] == pytest.approx(one["data"][0]["reward"], abs=1e-6)
+    assert list(item["token_rewards"]) == list(item["baseline"]) == ["red", "abc", "uniform", "sparse"]
+    assert item["attention_mass"].keys() == {"abc"}
+    assert rewards(item, "uniform") == [item["reward"] / 4] * 4
+    assert item["token_rewards"]["sparse"] == pytest.approx([0, 0, 0, item["reward"]])
+    assert len({tuple(values) for values in item["token_rewards"].values()}) == 4
+
+
+def test_red_is_the_differences_of_the_prefix_scores(api: Api) -> None:
+    item = api.item(SAMPLE, include=["prefix_scores"])
+    scores = [item["prompt_score"], *item["prefix_scores"][:-1], item["reward"]]
+    assert rewards(item, "red") == np.diff(scores).tolist()
+    assert item["baseline"]["red"] == item["prompt_score"]
+
+
+@pytest.mark.parametrize("mode", ["open", "closed"])
+def test_red_takes_the_steps_between_the_rewards_of_the_cut_responses(api: Api, mode: str) -> None:
+    ids = SAMPLE["response_token_ids"]
+    prefixes = [SAMPLE | {"response_token_ids": ids[:length], "finished": mode == "closed"} for length in range(4)]
+    scores = [item["reward"] for item in api.items([*prefixes, SAMPLE], "/rewards")]
+    item = api.item(SAMPLE, methods=[{"name": "red", "prefix_mode": mode}])
+    assert rewards(item, "red") == np.diff(scores).tolist()
+    assert item["baseline"]["red"] == pytest.approx(scores[0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("first_token", "baseline"), [("subtract", "s_0"), ("zero", "s_1"), ("fold", "nothing")])
+def test_red_treats_the_first_token_as_asked(api: Api, first_token: str, baseline: str) -> None:
+    item = api.item(SAMPLE, methods=[{"name": "red", "first_token": first_token}], include=["prefix_scores"])
+    left_out = {"s_0": item["prompt_score"], "s_1": item["prefix_scores"][0], "nothing": 0.0}[baseline]
+    assert item["baseline"]["red"] == pytest.approx(left_out, abs=1e-6)
+    first = item["prefix_scores"][0] - left_out
+    assert item["token_rewards"]["red"][0] == pytest.approx(first, abs=1e-6)
+
+
+def test_abc_is_the_attention_row_times_the_reward(api: Api) -> None:
+    item = api.item(SAMPLE, methods=[{"name": "abc", "beta": 1}], include=["attention"])
+    row = np.array(item["attention"])
+    assert item["attention_mass"]["abc"] == pytest.approx(row.sum(), abs=1e-6)
+    assert rewards(item, "abc") == (row / row.sum() * item["reward"]).tolist()
+
+
+def test_beta_gives_the_rest_to_the_last_token(api: Api) -> None:
+    half = {"name": "uniform", "beta": 0.5}
+    item = api.item(SAMPLE, methods=[half])
+    each = item["reward"] / 8
+    assert rewards(item, "uniform") == [each, each, each, each + item["reward"] / 2]
+
+
+def test_a_label_lets_one_method_be_asked_for_twice(api: Api) -> None:
+    item = api.item(
+        SAMPLE, methods=["abc", {"name": "abc", "beta": 0, "label": "end"}, {"name": "sparse", "label": ""}]
+    )
+    assert item["token_rewards"].keys() == item["baseline"].keys() == {"abc", "end", "sparse"}
+    assert item["token_rewards"]["end"] == item["token_rewards"]["sparse"]
+    assert item["attention_mass"].keys() == {"abc", "end"}
+
+
+def test_abc_averages_the_layers_it_is_asked_for(api: Api) -> None:
+    rows = [api.item(SAMPLE, methods=[{"name": "abc", "layers": layers}]) for layers in ([0], [2], [0, 2], "last")]
+    masses = [item["attention_mass"]["abc"] for item in rows]
+    assert masses[2] == pytest.approx((masses[0] + masses[1]) / 2, abs=1e-6)
+    assert masses[3] == pytest.approx(masses[1], abs=1e-6)
+    assert masses[0] != pytest.approx(masses[1], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("include", "keys"),
+    [
+        ("tokens", {"tokens"}),
+        ("spans", {"spans"}),
+        ("prefix_scores", {"prefix_scores", "prompt_score"}),
+        ("attention", {"attention"}),
+        ("segments", {"segments"}),
+    ],
+)
+def test_include_adds_only_what_it_names(api: Api, include: str, keys: set[str]) -> None:
+    bare, item = api.item(SAMPLE), api.item(SAMPLE, include=[include])
+    assert item.keys() - bare.keys() == keys
+    assert {key: item[key] for key in bare} == bare
+
+
+def test_everything_can_be_included_at_once(api: Api) -> None:
+    item = api.item(SAMPLE, include=["tokens", "spans", "prefix_scores", "attention", "segments"])
+    assert {len(item[key]) for key in ("tokens", "spans", "prefix_scores", "attention")} == {4}
+    assert 0 < sum(item["attention"]) < 1
+
+
+def test_base64_carries_the_same_numbers_as_lists(api: Api) -> None:
+    wanted: Json = {"methods": ["red", "abc"], "include": ["prefix_scores", "attention"]}
+    plain, packed = api.item(SAMPLE, **wanted), api.item(SAMPLE, encoding_format="base64", **wanted)
+    for item in (plain, packed):
+        item |= item.pop("token_rewards")
+    arrays = ("red", "abc", "prefix_scores", "attention")
+    unpacked = {key: np.frombuffer(base64.b64decode(packed.pop(key)), "<f4") for key in arrays}
+    for key, array in unpacked.items():
+        assert np.array_equal(array, np.array(plain.pop(key), "f4"))
+    assert packed == plain
+
+
+@pytest.mark.parametrize(
+    ("methods", "code", "message"),
+    [
+        (["redd"], "unknown_method", f"no method named 'redd'; there are {NAMES}"),
+        (["red", "red"], "repeated_method", "methods: red asked for twice; give each a `label` of its own"),
+        (
+            ["red", {"name": "abc", "label": "red"}],
+            "repeated_method",
+            "methods: red asked for twice; give each a `label` of its own",
+        ),
+        ([{"name": "red", "bta": 1}], "invalid_params", "method red: bta: Extra inputs are not permitted"),
+        (
+            [{"name": "abc", "beta": 1.5}],
+            "invalid_params",
+            "method abc: beta: Input should be less than or equal to 1",
+        ),
+        (
+            [{"name": "red", "first_token": "add"}],
+            "invalid_params",
+            "method red: first_token: Input should be 'subtract', 'zero' or 'fold'",
+        ),
+        ([], "invalid_request", "methods: List should have at least 1 item after validation, not 0"),
+        ("red", "invalid_request", "methods: Input should be a valid array"),
+        (
+            [{"beta": 1}],
+            "invalid_request",
+            "methods.0.str: Input should be a valid string; methods.0.MethodRequest.name: Field required",
+        ),
+    ],
+)
+def test_methods_that_cannot_be_served_are_refused(api: Api, methods: Any, code: str, message: str) -> None:
+    expected = {"code": code, "message": message, "details": {"field": "methods"}}
+    assert api.refusal([SAMPLE], methods=methods) == (422, expected)
+
+
+def test_a_layer_that_is_not_there_is_refused_and_what_would_work_is_named(api: Api) -> None:
+    expected = {
+        "code": "method_unavailable",
+        "message": "this model cannot give AttentionRow(layer=3); with default parameters it can serve " + NAMES,
+        "details": {"field": "methods", "available": NAMES.split(", ")},
+    }
+    assert api.refusal([SAMPLE], methods=[{"name": "abc", "layers": [3]}]) == (422, expected)
