@@ -22,7 +22,7 @@ from densereward_client import (
     to_padded,
 )
 from densereward_client.wire import SampleTokenRewards, TokenRewardsResponse
-from serving import Json, Server
+from serving import STEP, Json, Server
 
 METHODS = ["red", "abc"]
 
@@ -46,7 +46,7 @@ def alone(client: Client) -> list[SampleTokenRewards]:
 
 def _same(item: SampleTokenRewards, expected: SampleTokenRewards) -> bool:
     assert item.reward is not None
-    close = [np.allclose(item.token_rewards[name], expected.token_rewards[name], rtol=0, atol=1e-6) for name in METHODS]
+    close = [np.allclose(item.token_rewards[name], expected.token_rewards[name], rtol=0, atol=STEP) for name in METHODS]
     return item.id == expected.id and item.reward == pytest.approx(expected.reward, abs=1e-6) and all(close)
 
 
@@ -123,7 +123,7 @@ def test_a_batch_becomes_padded_arrays(client: Client, alone: list[SampleTokenRe
     assert rewards.shape == mask.shape == (8, max(lengths))
     assert mask.sum(axis=1).tolist() == lengths
     for row, kept, item in zip(rewards, mask, alone[:8], strict=True):
-        assert np.allclose(row[kept.astype(bool)], item.token_rewards["red"], atol=1e-6)
+        assert np.allclose(row[kept.astype(bool)], item.token_rewards["red"], atol=STEP)
         assert not row[~kept.astype(bool)].any()
 
 

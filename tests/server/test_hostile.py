@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serving import Api, Json, Server, answer, refusal
+from serving import STEP, Api, Json, Server, answer, refusal
 
 GOOD: Json = {"prompt": "Why?", "response": "hello"}
 
@@ -128,7 +128,7 @@ def test_every_text_that_json_carries_is_read_to_the_byte(api: Api, text: str) -
     assert item["spans"][-1][1] == len(text.encode())
     spans = [[0, len(text.encode())]]
     whole = api.item({"prompt": text, "response": text, "response_spans": spans})
-    assert whole["token_rewards"]["red"] == pytest.approx([sum(item["token_rewards"]["red"])], abs=1e-6)
+    assert whole["token_rewards"]["red"] == pytest.approx([sum(item["token_rewards"]["red"])], abs=STEP)
 
 
 def test_an_escaped_character_is_the_character(api: Api) -> None:

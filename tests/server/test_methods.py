@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving import Api, Json
+from serving import STEP, Api, Json
 
 SAMPLE = {"prompt_token_ids": [5, 6, 7], "response_token_ids": [10, 11, 12, 13]}
 NAMES = "red, abc, uniform, sparse, weights"
 
 
 def rewards(item: Json, method: str) -> Any:
-    return pytest.approx(item["token_rewards"][method], abs=1e-6)
+    return pytest.approx(item["token_rewards"][method], abs=STEP)
 
 
 def test_red_is_the_default(api: Api) -> None:
@@ -58,7 +58,7 @@ def test_red_treats_the_first_token_as_asked(api: Api, first_token: str, baselin
     left_out = {"s_0": item["prompt_score"], "s_1": item["prefix_scores"][0], "nothing": 0.0}[baseline]
     assert item["baseline"]["red"] == pytest.approx(left_out, abs=1e-6)
     first = item["prefix_scores"][0] - left_out
-    assert item["token_rewards"]["red"][0] == pytest.approx(first, abs=1e-6)
+    assert item["token_rewards"]["red"][0] == pytest.approx(first, abs=STEP)
 
 
 def test_abc_is_the_attention_row_times_the_reward(api: Api) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serving import Api, Json, Server, refusal
+from serving import STEP, Api, Json, Server, refusal
 
 GOOD: Json = {"prompt": "Why?", "response": "hello"}
 PATHS = ("/token_rewards", "/rewards")
@@ -176,7 +176,7 @@ def test_on_error_item_serves_the_rest(api: Api, bad: Bad, good: Json) -> None:
     expected = {"code": bad.code, "message": f"samples[1]: {bad.message}", "details": details}
     assert error == {"index": 1, "id": name, "error": expected}
     for item, index, identity in ((first, 0, "a"), (last, 2, "b")):
-        assert item["token_rewards"]["red"] == pytest.approx(good["token_rewards"]["red"], abs=1e-6)
+        assert item["token_rewards"]["red"] == pytest.approx(good["token_rewards"]["red"], abs=STEP)
         assert item | {"reward": 0, "token_rewards": 0, "baseline": 0} == good | {
             "index": index, "id": identity, "reward": 0, "token_rewards": 0, "baseline": 0,
         }  # fmt: skip
@@ -373,7 +373,7 @@ def test_a_number_that_is_not_finite_spoils_no_other_sample(api: Api, good: Json
     message = "samples[1]: the model gave a number that is not finite"
     assert error["error"] == {"code": "not_finite", "message": message, "details": {"index": 1}}
     for item in (first, last):
-        assert item["token_rewards"]["red"] == pytest.approx(good["token_rewards"]["red"], abs=1e-6)
+        assert item["token_rewards"]["red"] == pytest.approx(good["token_rewards"]["red"], abs=STEP)
 
 
 def test_a_sample_whose_forward_pass_failed_keeps_its_id(api: Api, poison: str) -> None:

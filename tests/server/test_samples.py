@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from serving import Api, Json
+from serving import STEP, Api, Json
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why? 😀"}]
 PROMPT = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy? 😀<|im_end|>\n<|im_start|>assistant\n"
@@ -86,14 +86,14 @@ def test_spans_that_split_an_emoji_share_out_its_rewards(api: Api, expected: Jso
     rewards, spans = items["token_rewards"]["red"], items["spans"]
     assert len(rewards) == len(RESPONSE.encode())
     whole = [sum(rewards[start:stop]) for start, stop in spans]
-    assert whole == pytest.approx(expected["token_rewards"]["red"], abs=1e-6)
+    assert whole == pytest.approx(expected["token_rewards"]["red"], abs=STEP)
 
 
 def test_two_spans_that_cut_an_emoji_in_half_share_its_token(api: Api) -> None:
     sample = {"prompt": PROMPT, "response": "😀"}
     [whole] = api.item(sample | {"response_spans": [[0, 4]]})["token_rewards"]["red"]
     halves = api.item(sample | {"response_spans": [[0, 2], [2, 4]]})["token_rewards"]["red"]
-    assert sum(halves) == pytest.approx(whole, abs=1e-6)
+    assert sum(halves) == pytest.approx(whole, abs=STEP)
 
 
 def test_a_masked_token_gets_zero_and_its_share_moves_to_the_next_kept_one(api: Api) -> None:
@@ -102,7 +102,7 @@ def test_a_masked_token_gets_zero_and_its_share_moves_to_the_next_kept_one(api: 
     masked = api.item(sample | {"response_mask": [0, 1, 0, 1, 0]})
     first, second, third, fourth, fifth = free["token_rewards"]["red"]
     moved = [0.0, first + second, 0.0, third + fourth + fifth, 0.0]
-    assert masked["token_rewards"]["red"] == pytest.approx(moved, abs=1e-6)
+    assert masked["token_rewards"]["red"] == pytest.approx(moved, abs=STEP)
     assert [masked["token_rewards"]["red"][i] for i in (0, 2, 4)] == [0.0, 0.0, 0.0]
     assert masked["reward"] == free["reward"]
 
@@ -151,7 +151,7 @@ def test_a_samples_rewards_do_not_depend_on_its_company(api: Api) -> None:
         pairs = zip(alone, together if order is samples else together[::-1], strict=True)
         for one, same in pairs:
             assert same["reward"] == pytest.approx(one["reward"], abs=1e-6)
-            assert same["token_rewards"]["red"] == pytest.approx(one["token_rewards"]["red"], abs=1e-6)
+            assert same["token_rewards"]["red"] == pytest.approx(one["token_rewards"]["red"], abs=STEP)
 
 
 def test_tokens_and_spans_spell_the_response(api: Api) -> None:

@@ -20,6 +20,10 @@ from densereward_client.wire import ErrorBody, RewardsResponse, TokenRewardsResp
 
 Json = dict[str, Any]
 
+SCORE = 1e-6
+"""How far a score of the tiny models, which is about 1, may move with its company."""
+STEP = 2 * SCORE
+"""The same for a token's reward, which is the difference of two scores."""
 PATIENCE = 120.0  # seconds; a loaded machine is slow to import torch
 # Every call on a connection of its own: one left open would be closed under the next caller by a server that stops.
 _HTTP = httpx.Client(verify=False, trust_env=False, timeout=PATIENCE, limits=httpx.Limits(max_keepalive_connections=0))

@@ -26,7 +26,11 @@ _RESPONSES = (
     "I would be glad to help. Mix the flour with warm water, then let the dough rest for an hour.",
     "The room was clean and the staff were friendly, although breakfast was cold and disappointing.",
 )
-_METHODS = ("red", "abc", "uniform")
+_METHODS: tuple[dict[str, str], ...] = (
+    {"name": "red"},
+    {"name": "red", "prefix_mode": "closed", "label": "red, closed"},
+    {"name": "abc"},
+)
 
 
 class Demo(ModelSettings, cli_prog_name="densereward demo", **FLAGS):
@@ -34,6 +38,9 @@ class Demo(ModelSettings, cli_prog_name="densereward demo", **FLAGS):
 
     def cli_cmd(self) -> None:
         """Run it."""
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
         console = Console()
         console.print(f"Starting a server with the model [bold]{self.model}[/bold] ...")
         with _server(self) as url:
@@ -43,7 +50,10 @@ class Demo(ModelSettings, cli_prog_name="densereward demo", **FLAGS):
             console.print(f"POST {url}/token_rewards, {len(samples)} responses, {answer.timing.total_ms:.0f} ms\n")
             for item in answer.data:
                 _show(console, item)
-        console.print("Green tokens earned reward, red ones lost it. Start a server to stay: densereward serve")
+        console.print(
+            "On green, tokens that earned reward; on red, tokens that lost it; beside a method, its extremes."
+        )
+        console.print("To keep a server running: densereward serve")
 
 
 @contextmanager
@@ -78,9 +88,11 @@ def _show(console: Console, item: SampleTokenRewards) -> None:
     tokens = item.tokens or []
     for method, rewards in item.token_rewards.items():
         largest = max(abs(rewards).max(), 1e-6)
-        line = Text(f"  {method:<8} ")
+        line = Text(f"  {method:<12} ")
         for token, reward in zip(tokens, rewards, strict=True):
             line.append(token, style=_style(float(reward / largest)))
+        low, high = int(rewards.argmin()), int(rewards.argmax())
+        line.append(f"   {tokens[high].strip()} {rewards[high]:+.2f}, {tokens[low].strip()} {rewards[low]:+.2f}")
         console.print(line)
     console.print()
 
