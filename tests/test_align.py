@@ -8,6 +8,7 @@ import pytest
 
 import tiny
 from densereward.align import Aligned, Aligner
+from densereward.capture import PrefixScores
 from densereward.errors import InvalidRequest, TooLong
 from densereward_client.wire import Sample
 
@@ -181,6 +182,18 @@ def test_the_longest_sequence_that_fits_is_served_closing_tokens_included() -> N
     assert len(align(reader, prompt_token_ids=[5] * 4, response_token_ids=[6] * 4).sequence.token_ids) == 10
     with pytest.raises(TooLong, match="11 tokens with the closing ones, and the model reads 10"):
         align(reader, prompt_token_ids=[5] * 5, response_token_ids=[6] * 4)
+
+
+def test_a_closed_prefix_must_fit_too() -> None:
+    reader = aligner(max_length=10)
+    sample = Sample(prompt_token_ids=[5] * 4, response_token_ids=[6] * 6, finished=False)
+    assert reader.align(sample, frozenset([PrefixScores("open")])).sequence.longest == 10
+    with pytest.raises(TooLong, match="12 tokens"):
+        reader.align(sample, frozenset([PrefixScores("closed")]))
+
+
+def test_an_empty_response_may_bring_an_empty_mask() -> None:
+    assert align(prompt="Why?", response="", response_mask=[]).slots.count == 0
 
 
 def _byte_spans(text: str, token_ids: list[int]) -> list[tuple[int, int]]:

@@ -42,6 +42,12 @@ def test_a_template_that_refuses_a_dialogue_says_why() -> None:
         template(strict).prompt([{"role": "system", "content": "Be kind."}, *QUESTION])
 
 
+def test_a_template_that_breaks_on_a_dialogue_says_so() -> None:
+    breaks = "{% if messages | length > 2 %}{{ messages[0]['parts'].size() }}{% endif %}" + tiny.CHATML
+    with pytest.raises(InvalidRequest, match="refuses these messages"):
+        template(breaks).prompt([*QUESTION, {"role": "assistant", "content": "So."}, *QUESTION])
+
+
 def test_a_template_that_leaves_the_answer_out_is_refused() -> None:
     with pytest.raises(ModelError, match="leaves out the assistant's answer"):
         template("{{ messages[0]['content'] }}")

@@ -19,8 +19,8 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    NonNegativeInt,
     PlainSerializer,
+    StrictBool,
     StrictInt,
     WithJsonSchema,
     model_validator,
@@ -84,6 +84,8 @@ FloatArray = Annotated[
 
 _T = TypeVar("_T")
 _Listed = Annotated[_T, BeforeValidator(_as_list)]
+_Offset = Annotated[StrictInt, Field(ge=0)]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class _Request(BaseModel):
@@ -116,16 +118,16 @@ class Sample(_Request):
     response_token_ids: _Listed[list[StrictInt]] | None = Field(
         None, description="The response in the reward model's own tokens."
     )
-    response_spans: _Listed[list[tuple[NonNegativeInt, NonNegativeInt]]] | None = Field(
+    response_spans: _Listed[list[tuple[_Offset, _Offset]]] | None = Field(
         None,
         description="[start, end) of the policy's tokens in `response`, in UTF-8 bytes; rewards come back on them.",
     )
     response_mask: _Listed[list[Literal[0, 1]]] | None = Field(
         None, description="0 gets reward 0; its share moves to the next kept token, or the last kept one."
     )
-    finished: bool = Field(True, description="False: cut by length, so no closing tokens are scored.")
-    weights: _Listed[list[FiniteFloat]] | None = Field(None, description="One per token, for the method `weights`.")
-    token_entropies: _Listed[list[FiniteFloat]] | None = Field(
+    finished: StrictBool = Field(True, description="False: cut by length, so no closing tokens are scored.")
+    weights: _Listed[list[_Number]] | None = Field(None, description="One per token, for the method `weights`.")
+    token_entropies: _Listed[list[_Number]] | None = Field(
         None, description="The policy's entropies, one per token (nats)."
     )
 
@@ -175,7 +177,7 @@ class TokenRewardsRequest(RewardsRequest):
     """Body of POST /token_rewards."""
 
     methods: list[str | MethodRequest] | None = Field(
-        None, min_length=1, description='Default ["red"] where the model can serve it, else ["abc"].'
+        None, min_length=1, max_length=64, description='Default ["red"] where the model can serve it, else ["abc"].'
     )
     include: list[Include] = Field(default_factory=list)
     encoding_format: Literal["float", "base64"] = "float"
@@ -229,7 +231,7 @@ class SampleTokenRewards(SampleReward):
 
 
 class Usage(_Answer):
-    """Tokens. forward_tokens is what the model ran on, closing tokens included."""
+    """Tokens. forward_tokens is what the model runs on, closing tokens included, where no prompt is shared."""
 
     prompt_tokens: int
     response_tokens: int
@@ -237,7 +239,7 @@ class Usage(_Answer):
 
 
 class Timing(_Answer):
-    """Milliseconds on the server: waiting, in the model, and from the request read to the answer built."""
+    """Milliseconds on the server: the longest wait of a sample, its longest pass, and the whole request."""
 
     queue_ms: float
     forward_ms: float

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from densereward.capture import ScoringInput, Span, missing_closing
+from densereward.capture import Need, ScoringInput, Span, missing_closing
 from densereward.chat import ChatTemplate
 from densereward.errors import InvalidRequest, TooLong
 from densereward.methods.base import TrainerTokens
@@ -27,7 +27,7 @@ class Aligned:
     """One sample, ready for the engine.
 
     Attributes:
-        sequence: what the engine scores; `needs` are filled by the pipeline.
+        sequence: what the engine scores.
         slots: where the rewards go.
         trainer_tokens: what the sample says of the trainer's tokens.
         spans: [start, end) of the reward model's tokens in the response's bytes; None where they cannot be known.
@@ -78,8 +78,8 @@ class Aligner:
         """Whether prompts given as text get a BOS they do not begin with."""
         return bool(self.vocabulary.prefix_ids)
 
-    def align(self, sample: Sample) -> Aligned:
-        """Read one sample.
+    def align(self, sample: Sample, needs: frozenset[Need] = frozenset()) -> Aligned:
+        """Read one sample, for an engine that must keep `needs` of it.
 
         Raises:
             InvalidRequest: a field, a length or an id that cannot be served.
@@ -88,7 +88,6 @@ class Aligner:
         text = self._tokenize(sample)
         closing = missing_closing(text.response_ids, self.closing_ids) if sample.finished else []
         token_ids = [*text.prompt_ids, *text.response_ids, *closing]
-        self._check_length(token_ids)
         self._check_vocabulary(token_ids)
         sequence = ScoringInput(
             token_ids=token_ids,
@@ -96,7 +95,9 @@ class Aligner:
             response_length=len(text.response_ids),
             scored_position=len(token_ids) - 1,
             closing_ids=self.closing_ids,
+            needs=needs,
         )
+        self._check_length(sequence)
         slots = _slots(sample, len(text.response_ids))
         weights = None if sample.weights is None else np.asarray(sample.weights, dtype=np.float64)
         return Aligned(sequence, slots, TrainerTokens(slots.count, weights, sample.finished), text.spans, text.warnings)
@@ -169,14 +170,14 @@ class Aligner:
             )
         return notices
 
-    def _check_length(self, token_ids: Sequence[int]) -> None:
-        if not token_ids:
+    def _check_length(self, sequence: ScoringInput) -> None:
+        if not sequence.token_ids:
             raise InvalidRequest("prompt and response hold no token, so there is nothing to score", code="empty_sample")
-        if len(token_ids) > self.max_length:
+        if sequence.longest > self.max_length:
             raise TooLong(
-                f"{len(token_ids)} tokens with the closing ones, and the model reads {self.max_length}; shorten the "
+                f"{sequence.longest} tokens with the closing ones, and the model reads {self.max_length}; shorten the "
                 "prompt or the response (nothing is truncated here)",
-                tokens=len(token_ids),
+                tokens=sequence.longest,
                 limit=self.max_length,
             )
 

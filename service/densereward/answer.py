@@ -37,7 +37,7 @@ def envelope(
         "usage": {
             "prompt_tokens": sum(each.prompt_length for each in sequences),
             "response_tokens": sum(each.response_length for each in sequences),
-            "forward_tokens": sum(len(each.token_ids) for each in sequences),
+            "forward_tokens": sum(each.forward_tokens for each in sequences),
         },
         "timing": {
             "queue_ms": 1e3 * max((each.queue_seconds for each in scored), default=0.0),

@@ -39,7 +39,7 @@ class _Waiting:
 
     @property
     def tokens(self) -> int:
-        return len(self.sequence.token_ids)
+        return self.sequence.forward_tokens
 
 
 class Batcher:
@@ -73,7 +73,7 @@ class Batcher:
             TooLarge: it never will have.
             NotReady: the server is shutting down.
         """
-        tokens = sum(len(sequence.token_ids) for sequence in sequences)
+        tokens = sum(sequence.forward_tokens for sequence in sequences)
         self._admit(tokens)
         loop = asyncio.get_running_loop()
         now = time.perf_counter()

@@ -82,6 +82,23 @@ class ScoringInput:
         return self.prompt_length + self.response_length
 
     @property
+    def closes_prefixes(self) -> bool:
+        """Whether closed prefixes are needed."""
+        return PrefixScores("closed") in self.needs
+
+    @property
+    def longest(self) -> int:
+        """Tokens up to the furthest position the model reads, that of a closed prefix included."""
+        closed = self.response_stop + len(self.closing_ids) if self.closes_prefixes else 0
+        return max(len(self.token_ids), closed)
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens the model runs on, those of closed prefixes included, where no prompt is shared."""
+        blocks = (self.response_length + 1) * len(self.closing_ids) if self.closes_prefixes else 0
+        return len(self.token_ids) + blocks
+
+    @property
     def response_ids(self) -> Sequence[int]:
         """The response's tokens."""
         return self.token_ids[self.prompt_length : self.response_stop]

@@ -46,7 +46,7 @@ class ChatTemplate:
         """
         try:
             before, closing = self._split(messages)
-        except (TemplateError, ValueError, TypeError) as error:
+        except Exception as error:  # a template is a program of the model's, and may fail in any way
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", code="template_error", field="messages"
             ) from error

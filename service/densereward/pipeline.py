@@ -18,7 +18,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,8 +69,8 @@ class Pipeline:
             DenseRewardError: what could not be served, and what to do next.
         """
         started = time.perf_counter()
-        aligned = await asyncio.to_thread(self._align, request, samples, ())
-        scored = await self._score(request, samples, aligned, frozenset())
+        aligned = await asyncio.to_thread(self._align, request, samples, (), frozenset())
+        scored = await self._score(request, samples, aligned)
         return self._answer("rewards", samples, aligned, scored, reward_item, started)
 
     async def token_rewards(self, request: TokenRewardsRequest, samples: Samples) -> dict[str, Any]:
@@ -83,8 +82,8 @@ class Pipeline:
         started = time.perf_counter()
         plans = plan(request, self._engine)
         needs = needs_of(plans, request, self._engine)
-        aligned = await asyncio.to_thread(self._align, request, samples, plans)
-        scored = await self._score(request, samples, aligned, needs)
+        aligned = await asyncio.to_thread(self._align, request, samples, plans, needs)
+        scored = await self._score(request, samples, aligned)
 
         def item(index: int, sample: Sample, part: Aligned, captured: Captured) -> dict[str, Any]:
             vocabulary = self._aligner.vocabulary
@@ -100,21 +99,22 @@ class Pipeline:
         self._engine.close()
 
     def _align(
-        self, request: RewardsRequest, samples: Samples, plans: Sequence[Plan]
+        self, request: RewardsRequest, samples: Samples, plans: Sequence[Plan], needs: frozenset[Need]
     ) -> list[Aligned | DenseRewardError]:
-        return [self._align_one(request, i, sample, plans) for i, sample in enumerate(samples)]
+        aligned: list[Aligned | DenseRewardError] = []
+        for index, sample in enumerate(samples):
+            try:
+                aligned.append(self._align_one(sample, plans, needs))
+            except DenseRewardError as error:
+                aligned.append(_in_its_place(error, index, sample, request))
+        return aligned
 
-    def _align_one(
-        self, request: RewardsRequest, index: int, sample: Sample | DenseRewardError, plans: Sequence[Plan]
-    ) -> Aligned | DenseRewardError:
-        try:
-            if isinstance(sample, DenseRewardError):
-                raise sample
-            aligned = self._aligner.align(sample)
-            for each in plans:
-                each.method.check(aligned.trainer_tokens)
-        except DenseRewardError as error:
-            return _in_its_place(error, index, sample, request)
+    def _align_one(self, sample: Sample | DenseRewardError, plans: Sequence[Plan], needs: frozenset[Need]) -> Aligned:
+        if isinstance(sample, DenseRewardError):
+            raise sample
+        aligned = self._aligner.align(sample, needs)
+        for each in plans:
+            each.method.check(aligned.trainer_tokens)
         return aligned
 
     async def _score(
@@ -122,11 +122,9 @@ class Pipeline:
         request: RewardsRequest,
         samples: Samples,
         aligned: Sequence[Aligned | DenseRewardError],
-        needs: frozenset[Need],
     ) -> list[Scored | DenseRewardError]:
         """Run what could be aligned; errors keep their places."""
-        sequences = [replace(each.sequence, needs=needs) for each in aligned if isinstance(each, Aligned)]
-        results = iter(await self._batcher.score(sequences))
+        results = iter(await self._batcher.score([each.sequence for each in aligned if isinstance(each, Aligned)]))
         scored: list[Scored | DenseRewardError] = []
         for index, (sample, part) in enumerate(zip(samples, aligned, strict=True)):
             result = _finite(next(results)) if isinstance(part, Aligned) else part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ def plan(request: TokenRewardsRequest, engine: Engine) -> list[Plan]:
     default = "red" if availability(engine)["red"].available else "abc"
     plans = [_read(asked) for asked in request.method_requests(default)]
     keys = [each.key for each in plans]
-    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+    if repeated := sorted(key for key, count in Counter(keys).items() if count > 1):
         raise InvalidRequest(
             f"methods: {', '.join(repeated)} asked for twice; give each a `label` of its own",
             code="repeated_method",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from pathlib import Path
 
 from densereward.align import Aligner
@@ -38,10 +37,14 @@ def load(settings: ModelSettings) -> tuple[Engine, Aligner]:
     elif source.startswith(("/", ".", "~")) and not Path(source).is_dir():
         raise ModelError(f"there is no folder {source}")
     engine: Engine = ENGINES["torch"].load(
-        source, revision=settings.revision, device=settings.device, dtype=settings.dtype
+        source,
+        revision=settings.revision,
+        device=settings.device,
+        dtype=settings.dtype,
+        longest=settings.max_length,
     )
-    max_length = min(settings.max_length or sys.maxsize, engine.facts.max_length)
-    aligner = Aligner(_tokenizer(source, settings.revision), max_length, engine.facts.vocabulary_size)
+    tokenizer = _tokenizer(source, settings.revision)
+    aligner = Aligner(tokenizer, engine.facts.max_length, engine.facts.vocabulary_size)
     self_check(engine)
     return engine, aligner
 

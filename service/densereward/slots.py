@@ -34,7 +34,7 @@ class Slots:
     kept: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.kept is not None and not self.kept:
+        if self.count and self.kept is not None and not self.kept:
             raise InvalidRequest("response_mask keeps no token, so the reward has nowhere to go", code="empty_mask")
 
 

@@ -36,12 +36,13 @@ class TorchEngine:
 
     Args:
         model: a sequence classifier loaded by `loading.load_classifier`.
+        longest: tokens in the longest sequence to read; by default what the config gives.
 
     Raises:
         ModelError: the model cannot be read as a reward model.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, longest: int | None = None) -> None:
         self._model: Any = model
         embedding: Any = model.get_input_embeddings()
         self._backbone: Any = model.base_model
@@ -53,7 +54,7 @@ class TorchEngine:
             head=self._head.name,
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),
-            max_length=max_length(config),
+            max_length=max_length(config, longest),
             vocabulary_size=embedding.num_embeddings,
             layers=config.get_text_config().num_hidden_layers,
             batch_tokens=_BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cuda"]),
@@ -62,7 +63,13 @@ class TorchEngine:
 
     @classmethod
     def load(
-        cls, source: str, *, revision: str | None = None, device: str = "auto", dtype: Dtype = "auto"
+        cls,
+        source: str,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+        longest: int | None = None,
     ) -> TorchEngine:
         """Load from a folder or a hub id.
 
@@ -70,7 +77,7 @@ class TorchEngine:
             ModelError: the model cannot be loaded or read as a reward model.
         """
         chosen = choose_device(device)
-        return cls(load_classifier(source, revision, chosen, choose_dtype(dtype, chosen)))
+        return cls(load_classifier(source, revision, chosen, choose_dtype(dtype, chosen)), longest)
 
     @property
     def provides(self) -> frozenset[Need]:

@@ -72,15 +72,16 @@ def _refuse_incomplete(source: str, report: dict[str, Any]) -> None:
             )
 
 
-def max_length(config: PretrainedConfig) -> int:
-    """Tokens the model reads, as its config gives them.
+def max_length(config: PretrainedConfig, asked: int | None = None) -> int:
+    """Tokens the model reads, as its config gives them, and no more than was asked for.
 
     Raises:
-        ModelError: the config does not say.
+        ModelError: neither says.
     """
     text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    if not isinstance(limit, int):
+    given = [getattr(text, "max_position_embeddings", None), asked]
+    limit = min((length for length in given if isinstance(length, int)), default=None)
+    if limit is None:
         raise ModelError(f"{config.model_type}: the config names no max_position_embeddings; set --max-length")
     rope = getattr(text, "rope_parameters", None) or {}
     per_layer_type = [each for each in rope.values() if isinstance(each, dict)] or [rope]
