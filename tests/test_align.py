@@ -9,7 +9,7 @@ import pytest
 import tiny
 from densereward.align import Aligned, Aligner
 from densereward.capture import PrefixScores
-from densereward.errors import InvalidRequest, TooLong
+from densereward.errors import InvalidRequest, ModelError, TooLong
 from densereward_client.wire import Sample
 
 BOS, START, END = 0, 1, 2
@@ -190,6 +190,27 @@ def test_a_closed_prefix_must_fit_too() -> None:
     assert reader.align(sample, frozenset([PrefixScores("open")])).sequence.longest == 10
     with pytest.raises(TooLong, match="12 tokens"):
         reader.align(sample, frozenset([PrefixScores("closed")]))
+
+
+def test_a_crossing_that_offsets_hide_is_found_by_the_prompts_own_ids() -> None:
+    from tokenizers import normalizers
+    from tokenizers.processors import ByteLevel
+
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    aligned = align(Aligner(tokenizer, 256, 320), prompt="e", response="\u0301 a")
+    assert aligned.warnings[0].startswith("split_boundary:")
+    assert aligned.sequence.prompt_length == len(ids_of("e"))
+
+
+def test_closing_tokens_that_the_model_does_not_have_are_another_models() -> None:
+    with pytest.raises(ModelError, match="another model's tokenizer"):
+        Aligner(tiny.make_tokenizer(), 256, 200)
+
+
+def test_an_empty_response_may_bring_empty_spans() -> None:
+    assert align(prompt="Why?", response="", response_spans=[]).slots.count == 0
 
 
 def test_an_empty_response_may_bring_an_empty_mask() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from densereward.capture import Need, ScoringInput, Span, missing_closing
 from densereward.chat import ChatTemplate
-from densereward.errors import InvalidRequest, TooLong
+from densereward.errors import InvalidRequest, ModelError, TooLong
 from densereward.methods.base import TrainerTokens
 from densereward.slots import Slots
 from densereward.tokens import Vocabulary
@@ -72,6 +72,11 @@ class Aligner:
             self.closing_ids = self.vocabulary.suffix_ids
         else:
             self.closing_ids = self.vocabulary.encode(self.template.closing).ids
+        if outside := [token for token in self.closing_ids if token >= vocabulary_size]:
+            raise ModelError(
+                f"the tokenizer closes a response with {outside}, and the model has {vocabulary_size} tokens; it is "
+                "another model's tokenizer"
+            )
 
     @property
     def adds_bos(self) -> bool:
@@ -146,7 +151,9 @@ class Aligner:
         spans = self.vocabulary.spans_in_text(prompt + response, encoding)
         boundary = len(prompt.encode())
         cut = next((i for i, (_, stop) in enumerate(spans) if stop > boundary), len(spans))
-        if cut < len(spans) and spans[cut][0] < boundary:
+        crosses = cut < len(spans) and spans[cut][0] < boundary
+        # Where a tokenizer rewrites the text, its offsets may hide a crossing; the prompt's own ids do not.
+        if crosses or self.vocabulary.encode(prompt).ids != encoding.ids[:cut]:
             text = self._apart(prompt_ids, response)
             text.warnings.append(
                 "split_boundary: read as one text, a token would hold the prompt's end and the response's beginning; "
@@ -196,7 +203,7 @@ def _slots(sample: Sample, response_length: int) -> Slots:
     """Where the rewards go, once every list that names slots has been found to have their number."""
     spans = sample.response_spans
     if spans is not None:
-        _check_spans(spans, len((sample.response or "").encode()))
+        _check_spans(spans, len((sample.response or "").encode()), response_length)
     count = response_length if spans is None else len(spans)
     for name in ("response_mask", "weights", "token_entropies"):
         values = getattr(sample, name)
@@ -213,8 +220,8 @@ def _slots(sample: Sample, response_length: int) -> Slots:
     return Slots(count, spans, kept)
 
 
-def _check_spans(spans: Sequence[Span], size: int) -> None:
-    if not spans:
+def _check_spans(spans: Sequence[Span], size: int, response_length: int) -> None:
+    if response_length and not spans:
         raise InvalidRequest("response_spans is empty", code="invalid_spans", field="response_spans")
     reached = 0
     for i, (start, stop) in enumerate(spans):

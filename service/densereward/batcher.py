@@ -142,13 +142,19 @@ class Batcher:
         try:
             captured = await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.forward, sequences)
         except Exception as error:  # whatever it is, the queue must go on
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                await self._run(batch[:middle])
-                await self._run(batch[middle:])
-            elif not batch[0].future.done():
-                batch[0].future.set_exception(_as_failure(error))
+            failure = _as_failure(error)
+        else:
+            self._deliver(batch, captured, started)
             return
+        # Outside the handler, where nothing holds the failed pass's memory any more.
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            await self._run(batch[:middle])
+            await self._run(batch[middle:])
+        elif not batch[0].future.done():
+            batch[0].future.set_exception(failure)
+
+    def _deliver(self, batch: Sequence[_Waiting], captured: Sequence[Captured], started: float) -> None:
         seconds = time.perf_counter() - started
         tokens = sum(each.tokens for each in batch)
         self._metrics.batch(sequences=len(batch), tokens=tokens, seconds=seconds)
@@ -176,8 +182,7 @@ def _scored_or_failure(result: Scored | BaseException) -> Scored | EngineFailure
 
 
 def _as_failure(error: Exception) -> EngineFailure:
+    """The failure by its message alone: a traceback would keep the pass's tensors alive."""
     if isinstance(error, EngineFailure):
-        return error
-    failure = EngineFailure(f"the engine failed: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
+        return EngineFailure(error.message, code=error.error_code, **error.details)
+    return EngineFailure(f"the engine failed: {type(error).__name__}: {error}")

@@ -71,7 +71,7 @@ class Pipeline:
         started = time.perf_counter()
         aligned = await asyncio.to_thread(self._align, request, samples, (), frozenset())
         scored = await self._score(request, samples, aligned)
-        return self._answer("rewards", samples, aligned, scored, reward_item, started)
+        return self._answer("rewards", request, samples, aligned, scored, reward_item, started)
 
     async def token_rewards(self, request: TokenRewardsRequest, samples: Samples) -> dict[str, Any]:
         """The answer to POST /token_rewards.
@@ -91,7 +91,7 @@ class Pipeline:
                 index, sample, part, captured, plans=plans, request=request, vocabulary=vocabulary
             )
 
-        return await asyncio.to_thread(self._answer, "token_rewards", samples, aligned, scored, item, started)
+        return await asyncio.to_thread(self._answer, "token_rewards", request, samples, aligned, scored, item, started)
 
     async def close(self) -> None:
         """Finish what waits, then free the engine."""
@@ -136,6 +136,7 @@ class Pipeline:
     def _answer(
         self,
         kind: str,
+        request: RewardsRequest,
         samples: Samples,
         aligned: Sequence[Aligned | DenseRewardError],
         scored: Sequence[Scored | DenseRewardError],
@@ -144,10 +145,13 @@ class Pipeline:
     ) -> dict[str, Any]:
         items = []
         for index, (sample, part, result) in enumerate(zip(samples, aligned, scored, strict=True)):
-            if isinstance(sample, Sample) and isinstance(part, Aligned) and isinstance(result, Scored):
-                items.append(item(index, sample, part, result.captured))
-            elif isinstance(result, DenseRewardError):
-                items.append(error_item(index, result))
+            try:
+                if isinstance(sample, Sample) and isinstance(part, Aligned) and isinstance(result, Scored):
+                    items.append(item(index, sample, part, result.captured))
+                elif isinstance(result, DenseRewardError):
+                    items.append(error_item(index, result))
+            except EngineFailure as error:
+                items.append(error_item(index, _in_its_place(error, index, sample, request)))
         served = [each for each in scored if isinstance(each, Scored)]
         answer = envelope(kind, items, [each for each in aligned if isinstance(each, Aligned)], served, started)
         self._metrics.scored(self.name, len(served), answer["usage"]["forward_tokens"])

@@ -87,7 +87,8 @@ class Vocabulary:
         if token is None:
             return b""  # a row of the embedding without a token: it writes nothing
         if "ByteLevel" in self._decoders:
-            return bytes(self._alphabet[character] for character in token)
+            known = all(character in self._alphabet for character in token)
+            return bytes(self._alphabet[character] for character in token) if known else None
         if "ByteFallback" in self._decoders:
             if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
                 return bytes([int(token[3:5], 16)])

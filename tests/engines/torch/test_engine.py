@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification, Qwen2MoeConfig
 
 import reference
 import tiny
@@ -266,6 +267,30 @@ def test_an_attention_variant_that_is_not_computed_is_refused() -> None:
     module.is_causal = False  # type: ignore[assignment]
     with pytest.raises(EngineFailure, match="not plainly causal"):
         packed_attention(module, heads, heads, heads, None, scaling=1.0, packed=packed)
+
+
+def test_a_window_that_only_a_mask_knows_of_is_refused() -> None:
+    config: Any = Qwen2MoeConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
+        pad_token_id=2,
+    )
+    config.num_labels = 1
+    assert "sliding_attention" in config.layer_types
+    engine = TorchEngine(_prepared(AutoModelForSequenceClassification.from_config(config)))
+    with pytest.raises(EngineFailure, match="hides its sliding_attention"):
+        engine.forward([sequence(12, 4)])
 
 
 def test_memory_on_the_blocked_path_grows_with_length_and_not_with_its_square() -> None:

@@ -58,6 +58,7 @@ def packed_attention(
     if packed is None:
         raise EngineFailure(f"{type(module).__name__} does not hand the packed batch to its attention")
     _refuse_unknown(module, attention_mask, others)
+    _refuse_hidden_window(module, sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < packed.longest else None
     variant = Variant(scaling, window, softcap)
     q, k, v = query[0], key[0], value[0]
@@ -76,6 +77,21 @@ def _refuse_unknown(module: nn.Module, mask: Tensor | None, others: dict[str, An
     unknown = [key for key, value in others.items() if value is not None and key not in _HARMLESS]
     if unknown:
         raise EngineFailure(f"{name} asks its attention for {', '.join(sorted(unknown))}, which is not supported")
+
+
+def _refuse_hidden_window(module: nn.Module, window: int | None) -> None:
+    """Some models put their window into the mask alone, and masks are not made here: they would be read wrong."""
+    config: Any = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        kind = kinds[module.layer_idx]
+    else:
+        windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        kind = "sliding_attention" if windowed else "full_attention"
+    if kind not in ("full_attention", "sliding_attention") or (kind == "sliding_attention" and window is None):
+        raise EngineFailure(
+            f"{type(module).__name__} hides its {kind} from its attention function; it cannot be packed"
+        )
 
 
 def scored_rows(
