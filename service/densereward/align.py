@@ -114,14 +114,15 @@ class Aligner:
             prompt_text, prompt_ids = None, list(sample.prompt_token_ids)
         else:
             prompt_text = self._prompt_text(sample)
-            prompt_ids = self._with_bos(sample, self.vocabulary.encode(prompt_text).ids)
+            bare_ids = self.vocabulary.encode(prompt_text).ids
+            prompt_ids = self._with_bos(sample, bare_ids)
         if sample.response_token_ids is not None:
             response_ids = list(sample.response_token_ids)
             text = _Text(prompt_ids, response_ids, self.vocabulary.spans_of_ids(response_ids))
         elif prompt_text is None:
             text = self._apart(prompt_ids, sample.response or "")
         else:
-            text = self._together(sample, prompt_text, prompt_ids, sample.response or "")
+            text = self._together(sample, prompt_text, bare_ids, sample.response or "")
         text.warnings.extend(self._notices(sample, text))
         return text
 
@@ -153,15 +154,15 @@ class Aligner:
         cut = next((i for i, (_, stop) in enumerate(spans) if stop > boundary), len(spans))
         crosses = cut < len(spans) and spans[cut][0] < boundary
         # Where a tokenizer rewrites the text, its offsets may hide a crossing; the prompt's own ids do not.
-        if crosses or self.vocabulary.encode(prompt).ids != encoding.ids[:cut]:
-            text = self._apart(prompt_ids, response)
+        if crosses or prompt_ids != encoding.ids[:cut]:
+            text = self._apart(self._with_bos(sample, prompt_ids), response)
             text.warnings.append(
                 "split_boundary: read as one text, a token would hold the prompt's end and the response's beginning; "
                 "the two were tokenised apart"
             )
             return text
         shifted = [(start - boundary, stop - boundary) for start, stop in spans[cut:]]
-        return _Text(self._with_bos(sample, encoding.ids[:cut]), encoding.ids[cut:], shifted)
+        return _Text(self._with_bos(sample, prompt_ids), encoding.ids[cut:], shifted)
 
     def _notices(self, sample: Sample, text: _Text) -> list[str]:
         notices = []

@@ -68,7 +68,7 @@ async def _start(service: Service, on_failure: Callable[[], None]) -> None:
     except DenseRewardError as error:
         logger.error("cannot serve %s: %s", service.settings.model, error.message)
         on_failure()
-    except Exception:
+    except Exception:  # whatever a model does while it loads, the process must end and say so
         logger.exception("cannot serve %s", service.settings.model)
         on_failure()
 

@@ -80,7 +80,7 @@ class Service:
         """
         try:
             engine, aligner = await asyncio.to_thread(load, self.settings)
-        except Exception as error:
+        except Exception as error:  # kept for whoever watches the start, and raised on
             self.failure = error
             raise
         if self.draining:
