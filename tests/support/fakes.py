@@ -20,6 +20,7 @@ FACTS = EngineFacts(
     vocabulary_size=320,
     layers=2,
     batch_tokens=512,
+    pair_cost=0.0,
     weights_fingerprint="0",
 )
 

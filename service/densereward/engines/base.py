@@ -25,6 +25,7 @@ class EngineFacts:
         vocabulary_size: token ids are below it.
         layers: attention layers, counted from 0.
         batch_tokens: tokens in a forward pass that the device does best with.
+        pair_cost: what one query looking at one key costs, in tokens' worth of matrix products.
         weights_fingerprint: changes when a weight does.
     """
 
@@ -37,6 +38,7 @@ class EngineFacts:
     vocabulary_size: int
     layers: int
     batch_tokens: int
+    pair_cost: float
     weights_fingerprint: str
 
 

@@ -58,6 +58,7 @@ class TorchEngine:
             vocabulary_size=embedding.num_embeddings,
             layers=config.get_text_config().num_hidden_layers,
             batch_tokens=_BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cuda"]),
+            pair_cost=_pair_cost(model),
             weights_fingerprint=weights_fingerprint(model),
         )
 
@@ -141,6 +142,16 @@ class TorchEngine:
         """Drop the model and give its memory back."""
         self._model = self._backbone = None
         torch.cuda.empty_cache()
+
+
+def _pair_cost(model: PreTrainedModel) -> float:
+    """Multiplications for one query and one key, in all heads and layers, over those of a token's matrices."""
+    config = model.config.get_text_config()
+    head: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * config.num_attention_heads * head * config.num_hidden_layers
+    embedding: Any = model.get_input_embeddings()
+    matrices = sum(each.numel() for each in model.parameters() if each.ndim > 1) - embedding.weight.numel()
+    return float(attention / matrices)
 
 
 def _prefixes(sequence: ScoringInput, reads: Float32[np.ndarray, " _"]) -> dict[PrefixMode, Prefixes]:
