@@ -66,7 +66,8 @@ class ScoringInput:
     """One sequence for the engine: prompt, response and closing tokens in a row, in the model's own ids.
 
     `closing_ids` are all the closing tokens of the model, for closed prefixes; how many of them end this sequence is a
-    matter of its own.
+    matter of its own. Closed prefixes are scored before the response and after each of its tokens, or only after
+    the numbers of tokens that `boundaries` lists, in order, the whole response among them.
     """
 
     token_ids: Sequence[int]
@@ -75,6 +76,7 @@ class ScoringInput:
     scored_position: int
     closing_ids: Sequence[int] = ()
     needs: frozenset[Need] = frozenset()
+    boundaries: Sequence[int] | None = None
 
     @property
     def response_stop(self) -> int:
@@ -87,6 +89,13 @@ class ScoringInput:
         return PrefixScores("closed") in self.needs
 
     @property
+    def closed_prefixes(self) -> Sequence[int]:
+        """Response tokens before each closed prefix that is scored; empty where none is needed."""
+        if not self.closes_prefixes:
+            return ()
+        return range(self.response_length + 1) if self.boundaries is None else (0, *self.boundaries)
+
+    @property
     def longest(self) -> int:
         """Tokens up to the furthest position the model reads, that of a closed prefix included."""
         closed = self.response_stop + len(self.closing_ids) if self.closes_prefixes else 0
@@ -95,8 +104,7 @@ class ScoringInput:
     @property
     def forward_tokens(self) -> int:
         """Tokens the model runs on, those of closed prefixes included, where no prompt is shared."""
-        blocks = (self.response_length + 1) * len(self.closing_ids) if self.closes_prefixes else 0
-        return len(self.token_ids) + blocks
+        return len(self.token_ids) + len(self.closed_prefixes) * len(self.closing_ids)
 
     @property
     def response_ids(self) -> Sequence[int]:
@@ -118,11 +126,11 @@ class Prefixes:
 
     Attributes:
         before: s_0, the score before the response; None for an open prefix where there is no prompt to read it at.
-        after: s_1..s_T.
+        after: s_1..s_T, or the scores after the sequence's `boundaries` alone.
     """
 
     before: float | None
-    after: Float32[np.ndarray, " T"]
+    after: Float32[np.ndarray, " _"]
 
 
 @dataclass(frozen=True, slots=True)

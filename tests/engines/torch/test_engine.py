@@ -18,7 +18,9 @@ import reference
 import tiny
 from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixScores, ScoringInput
 from densereward.engines.torch.engine import TorchEngine
-from densereward.engines.torch.packing import pack
+from densereward.engines.torch.kept import KeptKeys, PromptKeys
+from densereward.engines.torch.packing import PackedBatch, pack
+from densereward.engines.torch.pieces import Piece, write_out
 from densereward.errors import EngineFailure, ModelError
 
 LAYERS = 3
@@ -53,6 +55,10 @@ def mixed_batch(size: int) -> list[ScoringInput]:
         prompt = generator.randrange(length - closing)
         batch.append(sequence(length, prompt, closing, seed=seed, prompt_seed=generator.choice([0, 1, seed])))
     return batch
+
+
+def packed_row(batch: list[ScoringInput]) -> PackedBatch:
+    return pack([Piece.after(write_out(each), None) for each in batch], torch.device("cpu"), LAYERS)
 
 
 def assert_prefixes(prefixes: Prefixes, expected: list[float]) -> None:
@@ -140,7 +146,7 @@ def test_responses_that_share_a_prompt_have_the_numbers_they_have_alone(pair: tu
     group = [sequence(40 + length, 40, 2 * (length > 4), seed=length, prompt_seed=7) for length in (1, 3, 9, 30, 55)]
     other = [sequence(12 + length, 12, seed=length, prompt_seed=8) for length in (2, 20)]
     batch = [group[0], other[0], *group[1:3], sequence(9, 3), *group[3:], other[1], replace(group[1], needs=OPEN)]
-    packed = pack(batch, torch.device("cpu"), LAYERS)
+    packed = packed_row(batch)
     assert [len(prompt) for prompt, _ in packed.groups] == [40, 12]
     for each, captured in zip(batch, engine.forward(batch), strict=True):
         assert_same(captured, engine.forward([each])[0], 2e-6)
@@ -148,7 +154,7 @@ def test_responses_that_share_a_prompt_have_the_numbers_they_have_alone(pair: tu
 
 def test_a_shared_prompt_stands_once_in_the_row() -> None:
     batch = [sequence(44, 40, seed=seed, prompt_seed=7, needs=OPEN) for seed in range(8)]
-    assert pack(batch, torch.device("cpu"), LAYERS).token_ids.shape == (1, 40 + 8 * 4)
+    assert packed_row(batch).token_ids.shape == (1, 40 + 8 * 4)
 
 
 def test_a_sequence_that_is_all_prompt_is_read_at_its_end_beside_others_that_go_on(
@@ -172,6 +178,86 @@ def test_a_sample_has_the_same_numbers_alone_in_a_batch_of_64_and_in_any_order(p
         assert_same(shuffled[place], together[i], 1e-6)
     for i in range(0, 64, 7):
         assert_same(engine.forward([batch[i]])[0], together[i], 1e-6)
+
+
+@pytest.mark.parametrize("tokens", [7, 16, 50])
+def test_a_sequence_too_long_for_one_pass_has_the_same_numbers_in_pieces(
+    pair: tuple[TorchEngine, Any], monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    engine, _ = pair
+    batch = [sequence(90, 20, 2, seed=1), sequence(60, 0, 1, seed=2), sequence(61, 59, seed=3, needs=OPEN)]
+    expected = [engine.forward([each])[0] for each in batch]
+    monkeypatch.setattr(engine, "facts", replace(engine.facts, batch_tokens=tokens))
+    for each, captured in zip(batch, expected, strict=True):
+        assert_same(engine.forward([each])[0], captured, 4e-6)
+
+
+def test_a_prompt_that_comes_again_is_kept_and_gives_the_same_numbers(tmp_path: Path) -> None:
+    for architecture in tiny.ARCHITECTURES:
+        folder = str(tiny.save(tmp_path / architecture, architecture))
+        plain, keeping = TorchEngine.load(folder), TorchEngine.load(folder, prompt_cache=2**24)
+        ran: list[int] = []
+        count_tokens(keeping, ran)
+        group = [sequence(70 + length, 70, 2 * (length > 3), seed=length, prompt_seed=7) for length in (1, 9, 30)]
+        alone = sequence(80, 75, seed=5, prompt_seed=8)
+        for batch in ([group[0], alone], group[1:], [group[2], alone], [*group, sequence(9, 2)], [alone]):
+            for captured, each in zip(keeping.forward(batch), batch, strict=True):
+                assert_same(captured, plain.forward([each])[0], 4e-6)
+        trunk = len(write_out(group[2]).ids) - 70
+        # First sight, second sight (kept from here on), then only what follows the prompt's last token but one.
+        assert ran[2] == 1 + trunk + len(write_out(alone).ids)
+        assert ran[4] == len(write_out(alone).ids) - 74
+
+
+def count_tokens(engine: TorchEngine, counts: list[int]) -> None:
+    """Append the tokens of every pass."""
+    backbone: Any = engine._backbone
+    backbone.register_forward_pre_hook(
+        lambda _, __, inputs: counts.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+
+
+def test_kept_prompts_stay_within_their_bytes_and_the_longest_unused_goes_first() -> None:
+    kept = [KeptKeys() for _ in range(3)]
+    for each in kept:
+        each.extend(0, torch.zeros(1, 4, 2), torch.zeros(1, 4, 2))
+    assert kept[0].size == 64
+    prompts = PromptKeys(128)
+    prompts.store((0,), kept[0])
+    prompts.store((1,), kept[1])
+    assert prompts.recall((0,)) is kept[0]
+    prompts.store((2,), kept[2])
+    assert [prompts.recall((i,)) for i in range(3)] == [kept[0], None, kept[2]]
+
+
+def test_without_bytes_no_prompt_is_kept() -> None:
+    prompts = PromptKeys(0)
+    assert [prompts.comes_again((1,)) for _ in range(3)] == [False] * 3
+
+
+def test_closed_prefixes_at_boundaries_are_those_of_all_prefixes(pair: tuple[TorchEngine, Any]) -> None:
+    engine, _ = pair
+    whole = sequence(50, 12, 2, seed=4)
+    boundaries = [1, 7, 8, 30, whole.response_length]
+    batch = [sequence(9, 3), replace(whole, boundaries=boundaries), sequence(12, 0)]
+    some, every = engine.forward(batch)[1], engine.forward([whole])[0]
+    closed = some.prefixes["closed"]
+    assert closed.before == pytest.approx(every.prefixes["closed"].before, abs=2e-6)
+    expected = every.prefixes["closed"].after[np.array(boundaries) - 1]
+    np.testing.assert_allclose(closed.after, expected, atol=2e-6 * max(1.0, float(np.abs(expected).max())), rtol=0)
+    np.testing.assert_allclose(some.prefixes["open"].after, every.prefixes["open"].after, atol=1e-5, rtol=0)
+
+
+def test_running_out_of_memory_is_an_error_that_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = _shared_engine()
+
+    def too_much(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(engine, "_backbone", too_much)
+    with pytest.raises(EngineFailure, match="--max-batch-tokens") as failure:
+        engine.forward([sequence(9, 3)])
+    assert failure.value.error_code == "out_of_memory"
 
 
 def test_rows_are_shares_of_one_over_the_whole_sequence(pair: tuple[TorchEngine, Any]) -> None:
@@ -257,7 +343,7 @@ def test_bfloat16_weights_keep_a_float32_head_and_stay_near_float32(tiny_llama: 
 def test_an_attention_variant_that_is_not_computed_is_refused() -> None:
     from densereward.engines.torch.attention import packed_attention
 
-    packed = pack([sequence(4, 1)], torch.device("cpu"), LAYERS)
+    packed = packed_row([sequence(4, 1)])
     heads = torch.zeros(1, 2, packed.token_ids.shape[1], 8)
     module = torch.nn.Module()
     with pytest.raises(EngineFailure, match="s_aux"):

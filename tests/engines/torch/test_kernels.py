@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from densereward.engines.torch.kernels import Part, Variant, attend, attend_each, explicit, merge
+from densereward.engines.torch.kernels import Part, Variant, add, attend, attend_each, explicit
 
 
 def tensors(queries: int, keys: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,7 +57,9 @@ def test_merged_parts_are_attention_over_all_their_keys(keys: list[int], queries
     q, k, v = tensors(queries, sum(keys), seed)
     pieces = zip(k.split(keys, 1), v.split(keys, 1), strict=True)
     whole = attend(q, k, v, 0.3, causal=False)
-    merged = merge([attend(q, *piece, 0.3, causal=False) for piece in pieces])
+    merged, *rest = [attend(q, *piece, 0.3, causal=False) for piece in pieces]
+    for part in rest:
+        add(merged, part)
     torch.testing.assert_close(merged.output, whole.output, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(merged.weight, whole.weight, atol=1e-5, rtol=1e-5)
 
@@ -66,7 +68,20 @@ def test_a_part_of_no_keys_adds_nothing() -> None:
     q, k, v = tensors(3, 4)
     part = attend(q, k, v, 0.3, causal=False)
     nothing = Part(torch.zeros_like(part.output), torch.full_like(part.weight, -torch.inf))
-    torch.testing.assert_close(merge([nothing, part]).output, part.output)
+    total = Part(part.output.clone(), part.weight.clone())
+    add(total, nothing)
+    torch.testing.assert_close(total.output, part.output)
+    torch.testing.assert_close(total.weight, part.weight)
+
+
+def test_what_is_narrower_than_float32_is_added_up_in_float32() -> None:
+    q, k, v = tensors(5, 8)
+    first, second = (attend(q, k[:, part], v[:, part], 0.3, causal=False) for part in (slice(3), slice(3, 8)))
+    total = Part(first.output.bfloat16(), first.weight)
+    add(total, Part(second.output.bfloat16(), second.weight))
+    whole = attend(q, k, v, 0.3, causal=False).output
+    assert total.output.dtype == torch.bfloat16
+    torch.testing.assert_close(total.output.float(), whole, atol=2e-2, rtol=2e-2)
 
 
 def test_stretches_side_by_side_do_not_see_each_other() -> None:

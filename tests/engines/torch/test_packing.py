@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 
 from densereward.capture import AttentionRow, PrefixScores, ScoringInput
+from densereward.engines.torch.kept import KeptKeys
 from densereward.engines.torch.packing import PackedBatch, pack
+from densereward.engines.torch.pieces import Piece, in_pieces, write_out
 
 CPU = torch.device("cpu")
 CLOSING = (2, 3)
 
 
 def packed(*batch: ScoringInput) -> PackedBatch:
-    return pack(batch, CPU, layers=4)
+    return pack([Piece.after(write_out(sequence), None) for sequence in batch], CPU, layers=4)
 
 
 def row(batch: PackedBatch) -> tuple[list[int], list[int]]:
@@ -23,7 +25,7 @@ def test_sequences_stand_side_by_side_with_positions_of_their_own() -> None:
     batch = packed(ScoringInput([10, 11, 12], 1, 2, 2), ScoringInput([20, 21], 1, 1, 1))
     assert row(batch) == ([10, 11, 12, 20, 21], [0, 1, 2, 0, 1])
     assert batch.segments == [range(3), range(3, 5)]
-    assert batch.scored.tolist() == batch.read.tolist() == [2, 4]
+    assert batch.read.tolist() == [2, 4]
     assert batch.groups == []
 
 
@@ -33,7 +35,7 @@ def test_a_prompt_of_several_stands_once_in_front_and_its_sharers_side_by_side()
     )
     assert row(batch) == ([7, 8, 10, 30, 31, 9, 20], [0, 1, 2, 2, 3, 0, 1])
     assert batch.groups == [(range(2), range(2, 5))]
-    assert batch.scored.tolist() == [2, 6, 4]
+    assert batch.read.tolist() == [2, 6, 4]
 
 
 def test_only_whole_prompts_are_shared() -> None:
@@ -64,7 +66,52 @@ def test_a_prefix_that_ends_with_a_closing_token_is_read_where_the_rest_ends() -
 
 def test_rows_are_laid_out_from_each_sequences_first_token_to_its_scored_one() -> None:
     needs = frozenset([AttentionRow(-1), AttentionRow(0)])
-    batch = packed(ScoringInput([7, 8, 10], 2, 1, 2, needs=needs), ScoringInput([7, 8, 20, 21], 2, 2, 3))
+    one = frozenset([AttentionRow(3)])
+    batch = packed(
+        ScoringInput([7, 8, 10], 2, 1, 2, needs=needs),
+        ScoringInput([9], 0, 1, 0),
+        ScoringInput([7, 8, 20, 21], 2, 2, 3, needs=one),
+    )
     assert batch.row_layers == {0, 3}
+    assert batch.rows_of == [0, 2]
+    assert batch.scored.tolist() == [2, 4]
     assert batch.row_keys.tolist() == [0, 1, 2, 0, 1, 3, 4]
     assert batch.row_owner.tolist() == [0, 0, 0, 1, 1, 1, 1]
+
+
+def test_only_the_prefixes_that_are_asked_for_are_closed() -> None:
+    sequence = ScoringInput([7, 10, 11, 12, 2, 3], 1, 3, 5, CLOSING, frozenset([PrefixScores("closed")]), [2, 3])
+    batch = packed(sequence)
+    assert row(batch) == ([7, 10, 11, 12, 2, 3, 2, 3, 2, 3, 2, 3], [0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 4, 5])
+    assert batch.read.tolist() == [5, 7, 9, 11]
+
+
+def kept_keys(length: int) -> KeptKeys:
+    kept = KeptKeys()
+    kept.extend(0, torch.zeros(1, length, 2), torch.zeros(1, length, 2))
+    return kept
+
+
+def test_kept_keys_have_places_behind_the_row_and_their_tokens_do_not_run() -> None:
+    kept = kept_keys(2)
+    after = [write_out(ScoringInput([7, 8, 9, *response], 3, 1, 3)) for response in ([10], [11])]
+    alone = write_out(ScoringInput([20, 21], 1, 1, 1, needs=frozenset([AttentionRow(0)])))
+    batch = pack([Piece.after(after[0], kept), Piece.after(alone, None), Piece.after(after[1], kept)], CPU, layers=4)
+    assert row(batch) == ([9, 10, 9, 11, 20, 21], [2, 3, 2, 3, 0, 1])
+    assert batch.groups == [(range(6, 8), range(4))]
+    assert batch.key_positions.tolist() == [2, 3, 2, 3, 0, 1, 0, 1]
+    assert batch.read.tolist() == [1, 5, 3]
+
+
+def test_a_prompt_is_kept_up_to_its_last_token_at_which_the_head_is_read() -> None:
+    kept = KeptKeys()
+    whole = write_out(ScoringInput([7, 8, 9, 10], 3, 1, 3))
+    batch = pack([Piece.after(whole, None)], CPU, layers=4, keep={(7, 8, 9): kept})
+    assert batch.grows == [(range(2), kept)]
+
+
+def test_a_long_sequence_is_cut_into_equal_pieces_and_its_blocks_are_not_cut() -> None:
+    needs = frozenset([PrefixScores("closed")])
+    whole = write_out(ScoringInput([7, 8, 9, 10, 11, 12, 2, 3], 3, 3, 7, CLOSING, needs))
+    pieces = [(piece.start, piece.stop, piece.blocks) for piece in in_pieces(whole, 5)]
+    assert pieces == [(0, 4, range(0)), (4, 8, range(0)), (8, 12, range(2)), (12, 16, range(2, 4))]

@@ -11,6 +11,7 @@ Shapes: H query heads, K key heads, D head size, N packed tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from densereward.engines.torch.kernels import QUERY_BLOCK, Part, Variant, attend, attend_each, explicit, merge
-from densereward.engines.torch.packing import Blocks, PackedBatch, Placed
+from densereward.engines.torch.kernels import QUERY_BLOCK, Part, Variant, add, attend, attend_each, explicit
+from densereward.engines.torch.packing import PackedBatch, Placed
 from densereward.errors import EngineFailure
 
 __all__ = ["IMPLEMENTATION", "packed_attention", "register", "scored_rows"]
@@ -61,13 +62,23 @@ def packed_attention(
     _refuse_hidden_window(module, sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < packed.longest else None
     variant = Variant(scaling, window, softcap)
-    q, k, v = query[0], key[0], value[0]
     layer: int = module.layer_idx  # type: ignore[assignment]  # every transformers attention module carries its own
+    q, k, v = query[0], *_with_kept(key[0], value[0], packed, layer)
+    for places, kept in packed.grows:
+        kept.extend(layer, k[:, _slice(places)], v[:, _slice(places)])
     if layer in packed.row_layers:
         packed.rows[layer] = scored_rows(q, k, packed, variant)
     fused = variant.plain and (not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16))
     output = _fused(q, k, v, packed, scaling) if fused else _written_out(q, k, v, packed, variant)
     return output.transpose(0, 1)[None], None
+
+
+def _with_kept(k: Tensor, v: Tensor, packed: PackedBatch, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the row, and behind them those of earlier passes."""
+    if not packed.kept:
+        return k, v
+    keys, values = zip(*(kept.layer(layer) for kept in packed.kept), strict=True)
+    return torch.cat([k, *keys], 1), torch.cat([v, *values], 1)
 
 
 def _refuse_unknown(module: nn.Module, mask: Tensor | None, others: dict[str, Any]) -> None:
@@ -95,7 +106,7 @@ def _refuse_hidden_window(module: nn.Module, window: int | None) -> None:
 
 
 def scored_rows(
-    query: Float[Tensor, "H N D"], key: Float[Tensor, "K N D"], packed: PackedBatch, variant: Variant
+    query: Float[Tensor, "H N D"], key: Float[Tensor, "K L D"], packed: PackedBatch, variant: Variant
 ) -> Float32[Tensor, " R"]:
     """The attention row of each sequence's scored token over `packed.row_keys`, averaged over heads, in float32.
 
@@ -108,7 +119,7 @@ def scored_rows(
     if variant.softcap is not None:
         logits = torch.tanh(logits / variant.softcap) * variant.softcap
     if variant.window is not None:
-        positions = packed.position_ids[0]
+        positions = packed.key_positions
         far = positions[packed.row_keys] <= positions[packed.scored][owner] - variant.window
         logits = logits.masked_fill(far[:, None], -torch.inf)
     highest = logits.new_full((len(packed.scored), heads), -torch.inf)
@@ -119,54 +130,61 @@ def scored_rows(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float) -> Float[Tensor, "H N E"]:
-    """Segments on themselves, sharers on their prompt, blocks of closed prefixes on all they follow."""
+    """Segments on themselves, trunks on what they follow elsewhere, blocks of closed prefixes on all they follow."""
     lengths = [len(segment) for segment in packed.segments]
-    end = packed.segments[-1].stop
-    own = attend_each(q[:, :end], k[:, :end], v[:, :end], lengths, lengths, scaling, causal=True)
-    if not packed.groups and not packed.blocks:
+    end = sum(lengths)
+    own = attend_each(q[:, :end], k[:, :end], v[:, :end], lengths, lengths, scaling, causal=True) if end else None
+    if own is not None and any(followers for _, followers in packed.groups):
+        beginnings, followers = zip(*((first, after) for first, after in packed.groups if after), strict=True)
+        ks, vs = (torch.cat([each[:, _slice(places)] for places in beginnings], 1) for each in (k, v))
+        counts = [len(each) for each in followers], [len(each) for each in beginnings]
+        after = _span(followers)
+        add(own.at(after), attend_each(q[:, after], ks, vs, *counts, scaling, causal=False))
+    if own is not None and not packed.blocks:
         return own.output
     output = q.new_empty(*q.shape[:2], v.shape[-1])
-    output[:, :end] = own.output
-    if packed.groups:
-        prompts, sharers = _span([prompt for prompt, _ in packed.groups]), _span([each for _, each in packed.groups])
-        counts = [len(each) for _, each in packed.groups], [len(prompt) for prompt, _ in packed.groups]
-        before = attend_each(q[:, sharers], k[:, prompts], v[:, prompts], *counts, scaling, causal=False)
-        output[:, sharers] = merge([Part(own.output[:, sharers], own.weight[:, sharers]), before]).output
-    for placed, blocks in packed.blocks:
-        output[:, _slice(blocks.tokens)] = _closed(q, k, v, placed, blocks, scaling)
+    if own is not None:
+        output[:, :end] = own.output
+    for placed in packed.blocks:
+        output[:, _slice(placed.blocks)] = _closed(q, k, v, placed, scaling)
     return output
 
 
-def _closed(q: Tensor, k: Tensor, v: Tensor, placed: Placed, blocks: Blocks, scaling: float) -> Float[Tensor, "H C E"]:
-    """Blocks of closed prefixes: each on the prompt, on the response so far, and on itself.
+def _closed(q: Tensor, k: Tensor, v: Tensor, placed: Placed, scaling: float) -> Float[Tensor, "H C E"]:
+    """Blocks of closed prefixes: each on itself, on the prompt, and on the response so far.
 
-    A block's tokens stand beside each other as further heads, so that block t of all of them sees response tokens
-    1..t by plain causality, and one call serves the whole sequence.
+    A block's tokens stand beside each other as further heads, so that one call serves all the blocks, and what each
+    sees of the response is plain causality.
     """
-    prompt, response, size = _slice(placed.prompt), _slice(placed.response), blocks.size
-    count = len(placed.response) + 1
-    beside = q[:, _slice(blocks.tokens)].unflatten(1, (count, size)).transpose(1, 2).flatten(0, 1)  # [H * size, T+1, D]
-    parts = [_on_itself(q, k, v, blocks, scaling)]
-    if placed.prompt:
-        parts.append(attend(beside, k[:, prompt], v[:, prompt], scaling, causal=False))
-    if placed.response:
-        # Block 0 follows no response token: its share of this part is nothing.
-        rest = attend(beside[:, 1:], k[:, response], v[:, response], scaling, causal=True)
-        first = rest.output.new_zeros(len(beside), 1, v.shape[-1]), rest.weight.new_full((len(beside), 1), -torch.inf)
-        parts.append(Part(torch.cat([first[0], rest.output], 1), torch.cat([first[1], rest.weight], 1)))
-    output = merge(parts).output
-    return torch.flatten(output.unflatten(0, (-1, size)).transpose(1, 2), 1, 2)
+    whole = placed.piece.whole
+    closed_at = whole.closed_at[placed.piece.blocks.start : placed.piece.blocks.stop]
+    size = len(whole.sequence.closing_ids)
+    beside = q[:, _slice(placed.blocks)].unflatten(1, (-1, size)).transpose(1, 2).flatten(0, 1)  # [H * size, B, D]
+    total = _on_itself(q, k, v, placed.blocks, size, scaling)
+    first = int(closed_at[0])
+    for stretch in (*placed.prompt, placed.response[:first]):
+        if stretch:
+            add(total, attend(beside, k[:, _slice(stretch)], v[:, _slice(stretch)], scaling, causal=False))
+    if rest := placed.response[first : int(closed_at[-1])]:
+        # Query i of a causal call sees keys 0..i, so a block stands where the last token it follows does.
+        at = torch.from_numpy(closed_at[1:] - first - 1).to(q.device)
+        queries = beside[:, 1:]
+        if len(at) < len(rest):
+            queries = beside.new_zeros(len(beside), len(rest), beside.shape[-1]).index_copy(1, at, queries)
+        seen = attend(queries, k[:, _slice(rest)], v[:, _slice(rest)], scaling, causal=True)
+        add(total.at(slice(1, None)), seen if len(at) == len(rest) else Part(seen.output[:, at], seen.weight[:, at]))
+    return torch.flatten(total.output.unflatten(0, (-1, size)).transpose(1, 2), 1, 2)
 
 
-def _on_itself(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scaling: float) -> Part:
+def _on_itself(q: Tensor, k: Tensor, v: Tensor, blocks: range, size: int, scaling: float) -> Part:
     """Each block's tokens on the block's own, causally, laid out as further heads."""
-    size, places = blocks.size, _slice(blocks.tokens)
+    places = _slice(blocks)
     groups = len(q) // len(k)
-    qs = q[:, places].unflatten(0, (-1, groups)).unflatten(2, (-1, size)).float()  # [K, G, T+1, size, D]
-    ks, vs = (each[:, places].unflatten(1, (-1, size))[:, None].float() for each in (k, v))  # [K, 1, T+1, size, D]
+    qs = q[:, places].unflatten(0, (-1, groups)).unflatten(2, (-1, size)).float()  # [K, G, B, size, D]
+    ks, vs = (each[:, places].unflatten(1, (-1, size))[:, None].float() for each in (k, v))  # [K, 1, B, size, D]
     later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     logits = (qs @ ks.transpose(-1, -2) * scaling).masked_fill(later, -torch.inf)
-    output = (logits.softmax(dim=-1) @ vs).to(v.dtype)  # [K, G, T+1, size, E]
+    output = (logits.softmax(dim=-1) @ vs).to(v.dtype)  # [K, G, B, size, E]
     weight = logits.logsumexp(dim=-1)
     return Part(output.transpose(2, 3).flatten(0, 2), weight.transpose(2, 3).flatten(0, 2))
 
@@ -174,10 +192,9 @@ def _on_itself(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scaling: float) 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, variant: Variant) -> Float[Tensor, "H N E"]:
     """Any variant, a block of queries at a time against the keys of the sequence that they can see."""
     output = q.new_empty(*q.shape[:2], v.shape[-1])
-    positions = packed.position_ids[0]
-    stretches = [(prompt, range(0)) for prompt, _ in packed.groups] + [
-        (each.trunk, each.shared) for each in packed.placed
-    ]
+    positions = packed.key_positions
+    stretches = [(prompt, range(0)) for prompt, _ in packed.groups if prompt in packed.segments]
+    stretches += [(each.trunk, each.shared) for each in packed.placed]
     for own, shared in stretches:
         keys = torch.tensor([*shared, *own], device=q.device)
         for first in range(0, len(own), QUERY_BLOCK):
@@ -186,33 +203,29 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, variant: 
             seen = keys[start : len(shared) + first + QUERY_BLOCK]
             visible = _visible(positions[queries], positions[seen], variant.window)
             output[:, queries] = explicit(q[:, queries], k[:, seen], v[:, seen], visible, variant)
-    for placed, blocks in packed.blocks:
-        _write_blocks(output, q, k, v, placed, blocks, positions, variant)
+    for placed in packed.blocks:
+        _write_blocks(output, q, k, v, placed, positions, variant)
     return output
 
 
 def _write_blocks(
-    output: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    placed: Placed,
-    blocks: Blocks,
-    positions: Tensor,
-    variant: Variant,
+    output: Tensor, q: Tensor, k: Tensor, v: Tensor, placed: Placed, positions: Tensor, variant: Variant
 ) -> None:
     """Closed prefixes of one sequence, some blocks at a time, on the sequence so far and on themselves."""
-    sequence = torch.tensor([*placed.prompt, *placed.response], dtype=torch.int64, device=q.device)
-    step = max(1, QUERY_BLOCK // blocks.size) * blocks.size
-    for first in range(0, len(blocks.tokens), step):
-        places = torch.tensor(blocks.tokens[first : first + step], device=q.device)
-        block = torch.arange(first, first + len(places), device=q.device) // blocks.size
-        begins = len(placed.prompt) + block  # the position of each query's block
-        before = positions[sequence] < begins[:, None]
+    whole = placed.piece.whole
+    size, start = len(whole.sequence.closing_ids), whole.sequence.prompt_length
+    closed_at = torch.from_numpy(whole.closed_at).to(q.device)[_slice(placed.piece.blocks)]
+    places = [place for stretch in (*placed.prompt, placed.response) for place in stretch]
+    sequence = torch.tensor(places, dtype=torch.int64, device=q.device)
+    step = max(1, QUERY_BLOCK // size) * size
+    for first in range(0, len(placed.blocks), step):
+        queries = torch.tensor(placed.blocks[first : first + step], device=q.device)
+        block = torch.arange(first, first + len(queries), device=q.device) // size
+        before = positions[sequence] < (start + closed_at[block])[:, None]
         visible = torch.cat([before, block[:, None] == block], dim=1)
-        keys = torch.cat([sequence, places])
-        visible &= _visible(positions[places], positions[keys], variant.window)
-        output[:, places] = explicit(q[:, places], k[:, keys], v[:, keys], visible, variant)
+        keys = torch.cat([sequence, queries])
+        visible &= _visible(positions[queries], positions[keys], variant.window)
+        output[:, queries] = explicit(q[:, queries], k[:, keys], v[:, keys], visible, variant)
 
 
 def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Bool[Tensor, "Q L"]:
@@ -221,7 +234,7 @@ def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Bool[Tensor, 
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def _span(ranges: list[range]) -> slice:
+def _span(ranges: Sequence[range]) -> slice:
     """Ranges that lie side by side, as one."""
     return slice(ranges[0].start, ranges[-1].stop)
 

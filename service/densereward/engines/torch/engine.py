@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixMode, PrefixScores, ScoringInput
 from densereward.engines.base import EngineFacts
+from densereward.engines.torch.kept import KeptKeys, Prompt, PromptKeys
 from densereward.engines.torch.loading import (
     Dtype,
     choose_device,
@@ -21,6 +23,7 @@ from densereward.engines.torch.loading import (
     weights_fingerprint,
 )
 from densereward.engines.torch.packing import PackedBatch, pack
+from densereward.engines.torch.pieces import Piece, WrittenOut, in_pieces, write_out
 from densereward.errors import EngineFailure
 from densereward.heads.bradley_terry import BradleyTerryHead
 
@@ -30,6 +33,9 @@ __all__ = ["TorchEngine"]
 # On a CPU, larger passes only fall out of the caches; a GPU needs them to be busy.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
+_LONG_PROMPT = 64
+"""Tokens of a prompt that is worth looking up."""
+
 
 class TorchEngine:
     """A transformers reward model in this process. See `engines.base.Engine`.
@@ -37,13 +43,22 @@ class TorchEngine:
     Args:
         model: a sequence classifier loaded by `loading.load_classifier`.
         longest: tokens in the longest sequence to read; by default what the config gives.
+        batch_tokens: tokens in one pass, beyond which a sequence runs in pieces; by default what suits the device.
+        prompt_cache: bytes for the keys of prompts that come again; 0 runs every prompt anew.
 
     Raises:
         ModelError: the model cannot be read as a reward model.
     """
 
-    def __init__(self, model: PreTrainedModel, longest: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        longest: int | None = None,
+        batch_tokens: int | None = None,
+        prompt_cache: int = 0,
+    ) -> None:
         self._model: Any = model
+        self._prompts = PromptKeys(prompt_cache)
         embedding: Any = model.get_input_embeddings()
         self._backbone: Any = model.base_model
         self._head = BradleyTerryHead(model)
@@ -57,7 +72,7 @@ class TorchEngine:
             max_length=max_length(config, longest),
             vocabulary_size=embedding.num_embeddings,
             layers=config.get_text_config().num_hidden_layers,
-            batch_tokens=_BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cuda"]),
+            batch_tokens=batch_tokens or _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cuda"]),
             pair_cost=_pair_cost(model),
             weights_fingerprint=weights_fingerprint(model),
         )
@@ -71,6 +86,8 @@ class TorchEngine:
         device: str = "auto",
         dtype: Dtype = "auto",
         longest: int | None = None,
+        batch_tokens: int | None = None,
+        prompt_cache: int = 0,
     ) -> TorchEngine:
         """Load from a folder or a hub id.
 
@@ -78,7 +95,9 @@ class TorchEngine:
             ModelError: the model cannot be loaded or read as a reward model.
         """
         chosen = choose_device(device)
-        return cls(load_classifier(source, revision, chosen, choose_dtype(dtype, chosen)), longest)
+        return cls(
+            load_classifier(source, revision, chosen, choose_dtype(dtype, chosen)), longest, batch_tokens, prompt_cache
+        )
 
     @property
     def provides(self) -> frozenset[Need]:
@@ -89,21 +108,45 @@ class TorchEngine:
         )
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
-        """Score a batch in one pass.
+        """Score a batch in one pass, or a sequence that is too long for one in pieces.
 
         Raises:
-            EngineFailure: the pass failed.
+            EngineFailure: a pass failed.
         """
+        results = [_Result(write_out(sequence)) for sequence in batch]
         try:
             with torch.inference_mode():
-                packed = pack(batch, self._model.device, self.facts.layers)
-                scores, rows = self._run(packed)
+                if len(results) == 1 and len(results[0].whole.ids) > self.facts.batch_tokens:
+                    for piece in in_pieces(results[0].whole, self.facts.batch_tokens):
+                        self._run([piece], results)
+                else:
+                    self._run_together(results)
+        except torch.OutOfMemoryError as error:
+            self._prompts.clear()
+            raise EngineFailure(
+                "the device's memory is too small for this sequence; set --max-batch-tokens or --max-length lower",
+                code="out_of_memory",
+            ) from error
         except RuntimeError as error:
             raise EngineFailure(f"the forward pass failed: {error}") from error
-        return self._unpack(packed, scores, rows)
+        return [result.captured(self.facts.layers) for result in results]
 
-    def _run(self, packed: PackedBatch) -> tuple[Float32[np.ndarray, " M"], dict[int, Float32[np.ndarray, " R"]]]:
+    def _run_together(self, results: Sequence[_Result]) -> None:
+        """One pass; prompts whose keys are kept do not run again, and those that come again are kept."""
+        prompts = {result.prompt: None for result in results if len(result.prompt) >= _LONG_PROMPT}
+        recalled = {prompt: self._prompts.recall(prompt) for prompt in prompts}
+        again = {prompt: self._prompts.comes_again(prompt) for prompt in prompts}
+        keep = {prompt: KeptKeys() for prompt in prompts if again[prompt] and recalled[prompt] is None}
+        pieces = [Piece.after(result.whole, recalled.get(result.prompt)) for result in results]
+        self._run(pieces, results, keep)
+        for prompt, kept in keep.items():
+            self._prompts.store(prompt, kept)
+
+    def _run(
+        self, pieces: Sequence[Piece], results: Sequence[_Result], keep: Mapping[Prompt, KeptKeys] | None = None
+    ) -> None:
         """One pass, one copy back: the head at every read place, then the kept rows."""
+        packed = pack(pieces, self._model.device, self.facts.layers, keep)
         hidden = self._backbone(
             input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
         ).last_hidden_state[0]
@@ -111,36 +154,14 @@ class TorchEngine:
             missing = sorted(packed.row_layers - packed.rows.keys())
             raise EngineFailure(f"{self.facts.family} gave no attention row for layers {missing}")
         layers = sorted(packed.rows)
-        results = [self._head.scores(hidden[packed.read]), *(packed.rows[layer] for layer in layers)]
-        scores, *rows = torch.split(torch.cat(results).cpu(), [len(each) for each in results])
-        return scores.numpy(), {layer: row.numpy() for layer, row in zip(layers, rows, strict=True)}
-
-    def _unpack(
-        self, packed: PackedBatch, scores: Float32[np.ndarray, " M"], rows: dict[int, Float32[np.ndarray, " R"]]
-    ) -> list[Captured]:
-        """Cut what the pass gave into sequences."""
-        captured = []
-        read = key = 0
-        for placed in packed.placed:
-            sequence = placed.sequence
-            reads = scores[read : read + len(placed.reads)]
-            response = slice(key + sequence.prompt_length, key + sequence.response_stop)
-            wanted = {need.layer for need in sequence.needs if isinstance(need, AttentionRow)}
-            captured.append(
-                Captured(
-                    reward=float(reads[0]),
-                    length=sequence.response_length,
-                    prefixes=_prefixes(sequence, reads[1:]),
-                    attention_rows={layer: rows[layer % self.facts.layers][response] for layer in wanted},
-                )
-            )
-            read += len(reads)
-            key += sequence.scored_position + 1
-        return captured
+        parts = [self._head.scores(hidden[packed.read]), *(packed.rows[layer] for layer in layers)]
+        scores, *rows = torch.split(torch.cat(parts).cpu(), [len(each) for each in parts])
+        _hand_out(packed, results, scores.numpy(), {n: row.numpy() for n, row in zip(layers, rows, strict=True)})
 
     def close(self) -> None:
         """Drop the model and give its memory back."""
         self._model = self._backbone = None
+        self._prompts.clear()
         torch.cuda.empty_cache()
 
 
@@ -154,6 +175,59 @@ def _pair_cost(model: PreTrainedModel) -> float:
     return float(attention / matrices)
 
 
+@dataclass(slots=True)
+class _Result:
+    """What the passes give for one sequence.
+
+    Attributes:
+        whole: the sequence, written out.
+        scores: at each of its reads; filled piece by piece.
+        rows: per layer, the scored row from the sequence's first token on.
+    """
+
+    whole: WrittenOut
+    scores: Float32[np.ndarray, " R"] = field(init=False)
+    rows: dict[int, Float32[np.ndarray, " L"]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scores = np.full(len(self.whole.reads), np.nan, dtype=np.float32)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The prompt, as it is looked up."""
+        return tuple(self.whole.sequence.token_ids[: self.whole.sequence.prompt_length])
+
+    def captured(self, layers: int) -> Captured:
+        """In the form that methods read."""
+        sequence = self.whole.sequence
+        wanted = {need.layer for need in sequence.needs if isinstance(need, AttentionRow)}
+        response = slice(sequence.prompt_length, sequence.response_stop)
+        return Captured(
+            reward=float(self.scores[0]),
+            length=sequence.response_length,
+            prefixes=_prefixes(sequence, self.scores[1:]),
+            attention_rows={layer: self.rows[layer % layers][response] for layer in wanted},
+        )
+
+
+def _hand_out(
+    packed: PackedBatch,
+    results: Sequence[_Result],
+    scores: Float32[np.ndarray, " M"],
+    rows: dict[int, Float32[np.ndarray, " K"]],
+) -> None:
+    """Cut what a pass gave into sequences."""
+    read = key = 0
+    for result, placed in zip(results, packed.placed, strict=True):
+        slots = placed.read_slots
+        result.scores[slots] = scores[read : read + len(slots)]
+        read += len(slots)
+    for index in packed.rows_of:
+        length = results[index].whole.sequence.scored_position + 1
+        results[index].rows |= {layer: row[key : key + length] for layer, row in rows.items()}
+        key += length
+
+
 def _prefixes(sequence: ScoringInput, reads: Float32[np.ndarray, " _"]) -> dict[PrefixMode, Prefixes]:
     """Open prefixes come first, then closed ones; each with s_0 wherever there is a token to read it at."""
     prefixes: dict[PrefixMode, Prefixes] = {}
@@ -162,7 +236,7 @@ def _prefixes(sequence: ScoringInput, reads: Float32[np.ndarray, " _"]) -> dict[
         open_reads, reads = np.split(reads, [length + min(sequence.prompt_length, 1)])
         prefixes["open"] = _with_before(open_reads, length)
     if PrefixScores("closed") in sequence.needs:
-        prefixes["closed"] = _with_before(reads, length)
+        prefixes["closed"] = _with_before(reads, len(sequence.closed_prefixes) - 1)
     return prefixes
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-__all__ = ["QUERY_BLOCK", "Part", "Variant", "attend", "attend_each", "explicit", "merge"]
+__all__ = ["QUERY_BLOCK", "Part", "Variant", "add", "attend", "attend_each", "explicit"]
 
 QUERY_BLOCK = 256
 """Queries at a time on the explicit path: its scores take H x 256 x L, which grows with L alone."""
@@ -62,14 +62,19 @@ class Part:
     output: Float[Tensor, "H Q D"]
     weight: Float32[Tensor, "H Q"]
 
+    def at(self, queries: slice) -> Part:
+        """Some of the queries, in the same memory."""
+        return Part(self.output[:, queries], self.weight[:, queries])
 
-def merge(parts: Sequence[Part]) -> Part:
-    """Attention over all the parts' keys together."""
-    weights = torch.stack([part.weight for part in parts])
-    total = torch.logsumexp(weights, dim=0)
-    shares = torch.exp(weights - total)
-    outputs = torch.stack([part.output.float() for part in parts])
-    return Part((shares[..., None] * outputs).sum(dim=0).to(parts[0].output.dtype), total)
+
+def add(total: Part, part: Part) -> None:
+    """Make `total` the attention over its own keys and the part's together, in place and in float32."""
+    weight = torch.logaddexp(total.weight, part.weight)
+    mine, others = (torch.exp(each - weight)[..., None] for each in (total.weight, part.weight))
+    output = total.output.float().mul_(mine).addcmul_(part.output.float(), others)
+    if output is not total.output:  # narrower than float32, so what was added up is a copy
+        total.output.copy_(output)
+    total.weight.copy_(weight)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, *, causal: bool) -> Part:

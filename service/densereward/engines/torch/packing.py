@@ -1,251 +1,292 @@
 """Many sequences as one row of tokens, nothing in it twice, and where everything lies.
 
-    | shared prompts | trunks, sharers of a prompt side by side | blocks of closed prefixes |
+    | shared prompts | trunks, sharers of a prompt side by side | blocks of closed prefixes |  (kept keys)
 
-A prompt that several sequences begin with stands once. A trunk is what else a sequence has: its response and closing
-tokens, and its prompt if that is its own. The blocks of closed prefixes are the closing tokens of every prefix of a
-response, T + 1 blocks of equal size, each at the positions it would have if the response ended there.
+A prompt that several sequences begin with stands once. A trunk is what else a piece has of its sequence's own tokens.
+Keys kept from earlier passes have places too, behind the row's last token, so that a sequence may begin there: keys
+and values are extended by them layer by layer, while no token runs again.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from densereward.capture import AttentionRow, PrefixScores, ScoringInput, missing_closing
+from densereward.capture import AttentionRow
+from densereward.engines.torch.kept import KeptKeys, Prompt
+from densereward.engines.torch.pieces import Piece
 
-__all__ = ["Blocks", "PackedBatch", "Placed", "pack"]
+__all__ = ["PackedBatch", "Placed", "pack"]
 
-_OPEN, _CLOSED = PrefixScores("open"), PrefixScores("closed")
 _NOWHERE = range(0)
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
-    """The closed prefixes of one sequence; block t, t = 0..T, follows t response tokens.
-
-    A prefix that already ends with a part of the closing tokens is only given the rest; its block is filled up behind
-    the tokens that count, where nothing looks at them.
-
-    Attributes:
-        tokens: where the blocks lie, (T + 1) * size places.
-        size: tokens in a block.
-        ids: what stands there.
-        reads: places where the scores of s_0..s_T are read; without s_0 if there is no token before it.
-    """
-
-    tokens: range
-    size: int
-    ids: list[int]
-    reads: list[int]
-
-
-@dataclass(frozen=True, slots=True)
 class Placed:
-    """One sequence and its places in the row.
+    """One piece and its places.
 
     Attributes:
-        sequence: the sequence.
-        shared: its prompt, where it is shared; otherwise empty.
-        trunk: its own tokens.
-        blocks: its closed prefixes, where they are needed.
+        piece: what runs.
+        shared: where the sequence's beginning stands, if elsewhere: a prompt of several, or kept keys.
+        trunk: the tokens of its own that follow.
+        blocks: its closed prefixes, (blocks of the piece) * size places.
     """
 
-    sequence: ScoringInput
+    piece: Piece
     shared: range
     trunk: range
-    blocks: Blocks | None = None
-
-    def place(self, position: int) -> int:
-        """Where a position of the sequence lies."""
-        own = position - len(self.shared)
-        return self.trunk.start + own if own >= 0 else self.shared.start + position
+    blocks: range = _NOWHERE
 
     @property
-    def prompt(self) -> range:
-        """Where the prompt lies."""
-        return self.shared or self.trunk[: self.sequence.prompt_length]
+    def prompt(self) -> list[range]:
+        """Where the prompt lies, in one stretch or two."""
+        length = self.piece.whole.sequence.prompt_length
+        parts = [self.shared[:length], self.trunk[: max(length - len(self.shared), 0)]]
+        return [part for part in parts if part]
 
     @property
     def response(self) -> range:
-        """Where the response lies."""
-        start = self.place(self.sequence.prompt_length)
-        return range(start, start + self.sequence.response_length)
+        """Where the response lies; of use where it lies together, as it does wherever there are blocks."""
+        sequence = self.piece.whole.sequence
+        start, stop = (position - len(self.shared) for position in (sequence.prompt_length, sequence.response_stop))
+        return self.trunk[start:stop] if start >= 0 else self.shared[sequence.prompt_length : sequence.response_stop]
 
     @property
-    def reads(self) -> list[int]:
-        """Places the head is read at: R, then s_0 (if there is a prompt) and s_1..s_T open, then s_0..s_T closed."""
-        places = [self.place(self.sequence.scored_position)]
-        if _OPEN in self.sequence.needs:
-            places += [*self.prompt[-1:], *self.response]
-        if self.blocks is not None:
-            places += self.blocks.reads
+    def read_slots(self) -> Int64[np.ndarray, " r"]:
+        """Which of the sequence's reads this piece holds."""
+        reads = self.piece.whole.reads
+        return np.flatnonzero((reads >= self.piece.start) & (reads < self.piece.stop))
+
+    @property
+    def reads(self) -> Int64[np.ndarray, " r"]:
+        """Their places."""
+        at = self.piece.whole.reads[self.read_slots]
+        length = self.piece.whole.length
+        shared, trunk = self.shared.start + at, self.trunk.start + at - len(self.shared)
+        blocks = self.blocks.start + at - max(self.piece.start, length)
+        places: Int64[np.ndarray, " r"] = np.where(at >= length, blocks, np.where(at < len(self.shared), shared, trunk))
         return places
 
     @property
-    def row_keys(self) -> Int64[Tensor, " _"]:
+    def scored(self) -> int:
+        """Where the score is read."""
+        return self.trunk.start + self.piece.whole.sequence.scored_position - len(self.shared)
+
+    @property
+    def row_keys(self) -> Int64[np.ndarray, " r"]:
         """Places of the keys that the scored token can look at, from the sequence's first on."""
-        own = torch.arange(self.trunk.start, self.place(self.sequence.scored_position) + 1)
-        return torch.cat([torch.arange(self.shared.start, self.shared.stop), own])
+        return np.concatenate([_places(self.shared), np.arange(self.trunk.start, self.scored + 1)])
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B sequences in one row of N tokens.
+    """B pieces in one row of N tokens, and M kept keys behind it.
 
     Attributes:
         token_ids, position_ids: [1, N]; a token's position is the one it has in its own sequence.
-        placed: the sequences, in the batch's order.
-        groups: each shared prompt, with the places of all the trunks that follow it.
-        read: every place the score head is read at, sequence after sequence.
+        key_positions: [N + M], those of the keys.
+        placed: the pieces, in the batch's order.
+        groups: where sequences begin, if elsewhere, with the places of all the trunks that follow there.
+        kept: keys from earlier passes, in the order of their places.
+        grows: places whose keys are kept, and what they are added to.
+        read: every place the score head is read at, piece after piece.
+        rows_of: indices of the pieces whose scored rows are kept.
         row_layers: layers whose scored rows are kept, counted from 0.
-        row_keys: keys that scored tokens can look at, sequence after sequence.
-        row_owner: the sequence of each such key.
-        scored: [B], where the scores are read.
+        row_keys: keys that scored tokens can look at, row after row.
+        row_owner: the row of each such key.
+        scored: where the rows' scored tokens stand.
         rows: filled by the attention function, layer by layer: the scored rows, laid out as `row_keys`.
     """
 
     token_ids: Int64[Tensor, "1 N"]
     position_ids: Int64[Tensor, "1 N"]
+    key_positions: Int64[Tensor, " L"]
     placed: list[Placed]
     groups: list[tuple[range, range]]
+    kept: list[KeptKeys]
+    grows: list[tuple[range, KeptKeys]]
     read: Int64[Tensor, " _"]
+    rows_of: list[int]
     row_layers: frozenset[int]
     row_keys: Int64[Tensor, " K"]
     row_owner: Int64[Tensor, " K"]
-    scored: Int64[Tensor, " B"]
+    scored: Int64[Tensor, " R"]
     rows: dict[int, Float32[Tensor, " K"]] = field(default_factory=dict)
 
     @cached_property
     def segments(self) -> list[range]:
-        """What attends to itself causally: shared prompts and trunks, in the order they lie in."""
-        every = [prompt for prompt, _ in self.groups] + [each.trunk for each in self.placed]
-        return sorted(every, key=lambda places: places.start)
+        """What attends to itself causally: prompts that stand in the row and trunks, in the order they lie in."""
+        length = self.token_ids.shape[1]
+        every = {prompt for prompt, _ in self.groups if prompt.start < length} | {each.trunk for each in self.placed}
+        return sorted(filter(None, every), key=lambda places: places.start)
 
     @cached_property
-    def blocks(self) -> list[tuple[Placed, Blocks]]:
-        """The closed prefixes, with the sequences they are of."""
-        return [(each, each.blocks) for each in self.placed if each.blocks is not None and each.blocks.size]
+    def blocks(self) -> list[Placed]:
+        """The pieces with closed prefixes."""
+        return [each for each in self.placed if each.blocks]
 
     @cached_property
     def longest(self) -> int:
-        """Tokens in the longest sequence, or a little more."""
-        return max(len(each.sequence.token_ids) + (each.blocks.size if each.blocks else 0) for each in self.placed)
+        """The furthest position and one."""
+        return max(int(each.piece.whole.positions.max(initial=0)) for each in self.placed) + 1
 
 
-def pack(batch: Sequence[ScoringInput], device: torch.device, layers: int) -> PackedBatch:
-    """Lay a batch out in one row, with one copy to the device.
+def pack(
+    pieces: Sequence[Piece], device: torch.device, layers: int, keep: Mapping[Prompt, KeptKeys] | None = None
+) -> PackedBatch:
+    """Lay pieces out in one row, with one copy to the device.
 
     Args:
-        batch: B sequences.
+        pieces: B pieces, of different sequences.
         device: where the model is.
         layers: how many the model has.
+        keep: prompts without their last token, whose keys are kept.
     """
-    placed, groups = _lay_out(batch)
-    length = max(each.blocks.tokens.stop if each.blocks else each.trunk.stop for each in placed)
-    ids, positions = _fill(placed, length)
-    row_layers = frozenset(n.layer % layers for each in batch for n in each.needs if isinstance(n, AttentionRow))
-    keys = [each.row_keys for each in placed] if row_layers else []
+    row = _Row(pieces)
+    ids, positions, key_positions = _fill(row)
+    wants_row = [each.piece.reads_row and bool(_row_layers(each.piece, layers)) for each in row.placed]
+    rows_of = [index for index, wanted in enumerate(wants_row) if wanted]
+    rows = [row.placed[index] for index in rows_of]
+    keys = [each.row_keys for each in rows]
     on_host = [
-        torch.tensor(ids),
-        torch.tensor(positions),
-        torch.tensor([place for each in placed for place in each.reads]),
-        torch.cat(keys) if keys else torch.zeros(0, dtype=torch.int64),
-        torch.repeat_interleave(torch.arange(len(keys)), torch.tensor([len(each) for each in keys], dtype=torch.int64)),
-        torch.tensor([each.place(each.sequence.scored_position) for each in placed]),
+        ids,
+        positions,
+        key_positions,
+        np.concatenate([each.reads for each in row.placed]),
+        np.concatenate([*keys, _places(_NOWHERE)]),
+        np.repeat(np.arange(len(keys)), [len(each) for each in keys]),
+        np.array([each.scored for each in rows], dtype=np.int64),
     ]
-    moved = torch.split(torch.cat(on_host).to(device, non_blocking=True), [len(part) for part in on_host])
+    moved = torch.from_numpy(np.concatenate(on_host)).to(device, non_blocking=True)
+    parts = torch.split(moved, [len(part) for part in on_host])
     return PackedBatch(
-        token_ids=moved[0][None],
-        position_ids=moved[1][None],
-        placed=placed,
-        groups=groups,
-        read=moved[2],
-        row_layers=row_layers,
-        row_keys=moved[3],
-        row_owner=moved[4],
-        scored=moved[5],
+        token_ids=parts[0][None],
+        position_ids=parts[1][None],
+        key_positions=parts[2],
+        placed=row.placed,
+        groups=row.groups,
+        kept=row.kept,
+        grows=list(_growing(row.placed, keep or {})),
+        read=parts[3],
+        rows_of=rows_of,
+        row_layers=frozenset().union(*(_row_layers(each.piece, layers) for each in rows)),
+        row_keys=parts[4],
+        row_owner=parts[5],
+        scored=parts[6],
     )
 
 
 class _Row:
-    """Hands out places, one after the other."""
+    """Hands out places, one after the other: what is shared first, then trunks, blocks, and kept keys.
 
-    def __init__(self) -> None:
+    Attributes:
+        placed: the pieces, in their order.
+        groups, kept: as in `PackedBatch`.
+        length: N.
+    """
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
         self.length = 0
+        self.groups: list[tuple[range, range]] = []
+        self.kept: list[KeptKeys] = []
+        self._placed: dict[int, Placed] = {}
+        shared, recalled, alone = _sorted_by_beginning(pieces)
+        prompts = [self._take(pieces[members[0]].whole.sequence.prompt_length) for members in shared]
+        for prompt, members in zip(prompts, shared, strict=True):
+            self._place_group(pieces, members, prompt)
+        blocks = sum(len(piece.blocks) * len(piece.whole.sequence.closing_ids) for piece in pieces)
+        trunks = sum(_trunk_length(pieces[i]) for members in [*(each for _, each in recalled), alone] for i in members)
+        behind = self.length + trunks + blocks
+        for kept, members in recalled:
+            self.kept.append(kept)
+            self._place_group(pieces, members, range(behind, behind + kept.length))
+            behind += kept.length
+        for i in alone:
+            self._placed[i] = Placed(pieces[i], _NOWHERE, self._take(_trunk_length(pieces[i])))
+        self.placed = [self._with_blocks(self._placed[i]) for i in range(len(pieces))]
 
-    def take(self, count: int) -> range:
+    def _take(self, count: int) -> range:
         self.length += count
         return range(self.length - count, self.length)
 
-
-def _lay_out(batch: Sequence[ScoringInput]) -> tuple[list[Placed], list[tuple[range, range]]]:
-    """Give every sequence its places, in the batch's order, and name the shared prompts."""
-    row = _Row()
-    sharers = _sharers(batch)
-    prompts = [row.take(batch[members[0]].prompt_length) for members in sharers]
-    placed: dict[int, Placed] = {}
-    groups = []
-    for prompt, members in zip(prompts, sharers, strict=True):
-        first = row.length
+    def _place_group(self, pieces: Sequence[Piece], members: Sequence[int], beginning: range) -> None:
+        first = self.length
         for i in members:
-            placed[i] = Placed(batch[i], prompt, row.take(len(batch[i].token_ids) - len(prompt)))
-        groups.append((prompt, range(first, row.length)))
-    for i, sequence in enumerate(batch):
-        if i not in placed:
-            placed[i] = Placed(sequence, _NOWHERE, row.take(len(sequence.token_ids)))
-    in_order = [placed[i] for i in range(len(batch))]
-    return [_with_blocks(each, row) if _CLOSED in each.sequence.needs else each for each in in_order], groups
+            start = max(pieces[i].start, len(beginning))
+            trunk = self._take(max(min(pieces[i].stop, pieces[i].whole.length) - start, 0))
+            self._placed[i] = Placed(pieces[i], beginning, trunk)
+        self.groups.append((beginning, range(first, self.length)))
+
+    def _with_blocks(self, placed: Placed) -> Placed:
+        piece = placed.piece
+        places = self._take(len(piece.blocks) * len(piece.whole.sequence.closing_ids))
+        return Placed(piece, placed.shared, placed.trunk, places)
 
 
-def _sharers(batch: Sequence[ScoringInput]) -> list[list[int]]:
-    """Indices of the sequences that begin with one prompt and go on after it, for each prompt that several have."""
-    by_prompt = defaultdict(list)
-    for i, sequence in enumerate(batch):
-        if 0 < sequence.prompt_length < len(sequence.token_ids):
+def _sorted_by_beginning(
+    pieces: Sequence[Piece],
+) -> tuple[list[list[int]], list[tuple[KeptKeys, list[int]]], list[int]]:
+    """Indices of the pieces that share a prompt in the row, that begin with the same kept keys, and of the rest."""
+    by_prompt, by_kept = defaultdict[Prompt, list[int]](list), defaultdict[KeptKeys, list[int]](list)
+    alone = []
+    for i, piece in enumerate(pieces):
+        sequence = piece.whole.sequence
+        if piece.kept is not None and piece.kept.length:
+            by_kept[piece.kept].append(i)
+        elif piece.start == 0 and 0 < sequence.prompt_length < min(piece.stop, piece.whole.length):
             by_prompt[tuple(sequence.token_ids[: sequence.prompt_length])].append(i)
-    return [members for members in by_prompt.values() if len(members) > 1]
+        else:
+            alone.append(i)
+    shared = [members for members in by_prompt.values() if len(members) > 1]
+    alone += [i for members in by_prompt.values() if len(members) == 1 for i in members]
+    return shared, list(by_kept.items()), sorted(alone)
 
 
-def _with_blocks(placed: Placed, row: _Row) -> Placed:
-    """The sequence with a block of closing tokens for each prefix of its response."""
-    sequence = placed.sequence
-    closing, response = sequence.closing_ids, sequence.response_ids
-    size = len(closing)
-    tokens = row.take(size * (len(response) + 1))
-    ids: list[int] = []
-    reads = []
-    for t in range(len(response) + 1):
-        missing = missing_closing(response[:t], closing)
-        ids += [*missing, *closing[: size - len(missing)]]
-        if missing:
-            reads.append(tokens.start + t * size + len(missing) - 1)
-        elif sequence.prompt_length + t:  # before an empty prompt there is nothing to read
-            reads.append(placed.place(sequence.prompt_length + t - 1))
-    return replace(placed, blocks=Blocks(tokens, size, ids, reads))
+def _trunk_length(piece: Piece) -> int:
+    """Tokens of the sequence itself that run in a piece, where its beginning does not stand in the row."""
+    return max(min(piece.stop, piece.whole.length) - piece.start, 0)
 
 
-def _fill(placed: Sequence[Placed], length: int) -> tuple[list[int], list[int]]:
-    """Token ids and positions of the whole row."""
-    ids, positions = [0] * length, [0] * length
+def _fill(row: _Row) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"], Int64[np.ndarray, " L"]]:
+    """Token ids and positions of the row, and positions of all keys."""
+    ids = np.zeros(row.length, dtype=np.int64)
+    positions = np.zeros(row.length + sum(kept.length for kept in row.kept), dtype=np.int64)
+    for each in row.placed:
+        whole, shared = each.piece.whole, len(each.shared)
+        positions[each.shared.start : each.shared.stop] = np.arange(shared)
+        if each.shared.start < row.length:
+            ids[each.shared.start : each.shared.stop] = whole.ids[:shared]
+        first = max(each.piece.start, whole.length)
+        stretches = [(each.trunk, shared), (each.blocks, first)]
+        for places, start in stretches:
+            ids[places.start : places.stop] = whole.ids[start : start + len(places)]
+            positions[places.start : places.stop] = whole.positions[start : start + len(places)]
+    return ids, positions[: row.length], positions
+
+
+def _growing(placed: Sequence[Placed], keep: Mapping[Prompt, KeptKeys]) -> Iterator[tuple[range, KeptKeys]]:
+    """What is kept of this pass: of pieces their trunks, of prompts that come again all but the last token."""
+    left = dict(keep)
     for each in placed:
-        sequence, shared = each.sequence, each.shared
-        _write(ids, shared, sequence.token_ids[: len(shared)])
-        _write(positions, shared, range(len(shared)))
-        _write(ids, each.trunk, sequence.token_ids[len(shared) :])
-        _write(positions, each.trunk, range(len(shared), len(sequence.token_ids)))
-        if each.blocks is not None:
-            starts = range(sequence.prompt_length, sequence.response_stop + 1)
-            _write(ids, each.blocks.tokens, each.blocks.ids)
-            _write(positions, each.blocks.tokens, [start + j for start in starts for j in range(each.blocks.size)])
-    return ids, positions
+        sequence = each.piece.whole.sequence
+        if each.piece.grows and each.piece.kept is not None:
+            yield each.trunk, each.piece.kept
+        elif left and (kept := left.pop(tuple(sequence.token_ids[: sequence.prompt_length]), None)) is not None:
+            yield (each.shared or each.trunk)[: sequence.prompt_length - 1], kept
 
 
-def _write(row: list[int], places: range, values: Sequence[int]) -> None:
-    row[places.start : places.stop] = values
+def _row_layers(piece: Piece, layers: int) -> frozenset[int]:
+    """Layers whose row a sequence needs, counted from 0."""
+    needs = piece.whole.sequence.needs
+    return frozenset(need.layer % layers for need in needs if isinstance(need, AttentionRow))
+
+
+def _places(places: range) -> Int64[np.ndarray, " n"]:
+    return np.arange(places.start, places.stop)
