@@ -126,11 +126,19 @@ class Prefixes:
 
     Attributes:
         before: s_0, the score before the response; None for an open prefix where there is no prompt to read it at.
-        after: s_1..s_T, or the scores after the sequence's `boundaries` alone.
+        after: s_1..s_T, or the scores at the boundaries alone.
+        boundaries: response tokens before each of these, where not all prefixes were scored.
     """
 
     before: float | None
     after: Float32[np.ndarray, " _"]
+    boundaries: Sequence[int] | None = None
+
+    def at(self, boundaries: Sequence[int]) -> Float32[np.ndarray, " _"]:
+        """Scores after so many tokens each; all of them must have been scored."""
+        if self.boundaries is None:
+            return self.after[np.asarray(boundaries, dtype=np.int64) - 1]
+        return self.after[np.searchsorted(self.boundaries, boundaries)]
 
 
 @dataclass(frozen=True, slots=True)

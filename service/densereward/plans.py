@@ -16,7 +16,7 @@ from densereward.methods import METHODS
 from densereward.methods.base import Method, Params
 from densereward_client.wire import MethodAvailability, MethodRequest, TokenRewardsRequest
 
-__all__ = ["Plan", "availability", "needs_of", "plan"]
+__all__ = ["Plan", "availability", "boundaries_of", "needs_of", "plan"]
 
 _INCLUDED: dict[str, Need] = {"prefix_scores": PrefixScores(), "attention": AttentionRow(-1)}
 
@@ -71,6 +71,15 @@ def needs_of(plans: Sequence[Plan], request: TokenRewardsRequest, engine: Engine
             available=possible,
         )
     return frozenset(needs)
+
+
+def boundaries_of(plans: Sequence[Plan], length: int) -> list[int] | None:
+    """After how many of a response's `length` tokens any of the methods needs a closed prefix; None is after each."""
+    closing = [each for each in plans if PrefixScores("closed") in each.method.needs(each.params)]
+    asked = [each.method.boundaries(length, each.params) for each in closing]
+    if not length or not asked or None in asked:
+        return None
+    return sorted({boundary for boundaries in asked for boundary in boundaries or ()})
 
 
 def availability(engine: Engine) -> dict[str, MethodAvailability]:

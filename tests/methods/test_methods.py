@@ -10,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from densereward.capture import AttentionRow, Captured, Prefixes, PrefixScores
+from densereward.capture import AttentionRow, Captured, Prefixes, PrefixMode, PrefixScores
 from densereward.errors import InvalidRequest
 from densereward.methods import METHODS
 from densereward.methods.abc import MASS_FLOOR
 from densereward.methods.base import Credit, Method, Params, TrainerTokens
+from densereward.plans import boundaries_of, plan
+from densereward_client.wire import TokenRewardsRequest
+from fakes import FakeEngine
 
 # Three response tokens after a prompt scored 0.25; the closing token's score, 2.0, is R.
 CAPTURED = Captured(
@@ -70,6 +73,39 @@ def test_red_reads_closed_prefixes_where_it_is_told_to() -> None:
     assert given_credit.baseline == 1.0
     method = METHODS["red"]()
     assert method.needs(method.params_type(prefix_mode="closed")) == {PrefixScores("closed")}
+
+
+@pytest.mark.parametrize("prefix_mode", ["open", "closed"])
+def test_red_in_strides_puts_the_step_of_each_stretch_on_its_last_token(prefix_mode: PrefixMode) -> None:
+    scores = np.array([1.0, 2.0, 4.0, 8.0, 16.0], np.float32)
+    captured = Captured(reward=20.0, length=5, prefixes={prefix_mode: Prefixes(0.5, scores)})
+    given_credit = credit("red", captured, prefix_mode=prefix_mode, stride=2)
+    np.testing.assert_allclose(given_credit.rewards, [0.0, 2.0 - 0.5, 0.0, 8.0 - 2.0, 20.0 - 8.0])
+    assert given_credit.baseline == 0.5
+    only_these = Captured(
+        reward=20.0, length=5, prefixes={prefix_mode: Prefixes(0.5, scores[[1, 2, 3, 4]], boundaries=[2, 3, 4, 5])}
+    )
+    np.testing.assert_allclose(
+        credit("red", only_these, prefix_mode=prefix_mode, stride=2).rewards, given_credit.rewards
+    )
+
+
+def test_closed_prefixes_are_scored_where_any_method_of_the_request_needs_them() -> None:
+    def boundaries(length: int, *methods: dict[str, Any]) -> list[int] | None:
+        request = TokenRewardsRequest.model_validate(
+            {"samples": [{"prompt": "", "response": ""}], "methods": list(methods)}
+        )
+        return boundaries_of(plan(request, FakeEngine()), length)
+
+    by_two = {"name": "red", "prefix_mode": "closed", "stride": 2, "label": "two"}
+    by_three = {"name": "red", "prefix_mode": "closed", "stride": 3, "label": "three"}
+    every = {"name": "red", "prefix_mode": "closed"}
+    assert boundaries(7, by_two) == [2, 4, 6, 7]
+    assert boundaries(7, by_two, by_three, {"name": "abc"}) == [2, 3, 4, 6, 7]
+    assert boundaries(7, by_two, every) is None
+    assert boundaries(7, {"name": "red", "stride": 2}) is None  # open prefixes come all or not at all
+    assert boundaries(1, by_two) == [1]
+    assert boundaries(0, by_two) is None
 
 
 def test_red_says_so_when_an_empty_prompt_has_no_score_to_subtract() -> None:

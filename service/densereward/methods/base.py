@@ -10,6 +10,7 @@ tokens the trainer wants its rewards on (the same T, or the spans it sent).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
@@ -88,6 +89,13 @@ class Method(ABC, Generic[P]):
     def needs(self, params: P) -> frozenset[Need]:
         """What the engine must keep of the forward pass."""
         return frozenset()
+
+    def boundaries(self, length: int, params: P) -> Sequence[int] | None:
+        """After how many of a response's tokens closed prefixes are needed; None is after each.
+
+        In order, from 1 on, and `length` itself, all of the response, is the last.
+        """
+        return None
 
     def check(self, tokens: TrainerTokens) -> None:
         """Look at what the trainer sent, before anything is queued.

@@ -18,9 +18,11 @@ Table 7 has beta = 1 everywhere but LLaMA3 on TL;DR (0.5).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from pydantic import PositiveInt
 
 from densereward.capture import Captured, Need, PrefixMode, PrefixScores
 from densereward.methods.base import Credit, Method, Params, TrainerTokens
@@ -35,10 +37,13 @@ class RedParams(Params):
         first_token: what becomes of the score before the response.
         prefix_mode: "open" reads the head at each response token as it stands; "closed" scores each prefix as if the
             response ended there, closing tokens included, which is what most reward models were trained to read.
+        stride: only every so many tokens, and at the end, is a score taken; the step since the last one is on the
+            stretch's last token. Closed prefixes cost that much less.
     """
 
     first_token: Literal["subtract", "zero", "fold"] = "subtract"
     prefix_mode: PrefixMode = "open"
+    stride: PositiveInt = 1
 
 
 class Red(Method[RedParams]):
@@ -50,6 +55,10 @@ class Red(Method[RedParams]):
         """The score at every prefix."""
         return frozenset([PrefixScores(params.prefix_mode)])
 
+    def boundaries(self, length: int, params: RedParams) -> Sequence[int] | None:
+        """Every `stride` tokens, and the end."""
+        return None if params.stride == 1 else _every(params.stride, length)
+
     def credit(self, captured: Captured, tokens: TrainerTokens, params: RedParams) -> Credit:
         """r_t for t = 1..T; Eq. 6."""
         warnings: list[str] = []
@@ -59,7 +68,15 @@ class Red(Method[RedParams]):
             warnings.append("no_prompt_score: the prompt is empty and has no score to subtract; s_0 = 0 was used")
         if params.prefix_mode == "closed" and not tokens.finished:
             warnings.append("unfinished: the response's own score is read open, as it was cut, its prefixes' closed")
-        # The last prefix is the whole response, whose score is read at the closing token: R.
-        scores = np.append(prefixes.after[:-1].astype(np.float64), captured.reward)
+        boundaries = _every(params.stride, captured.length)
+        scores = prefixes.at(boundaries).astype(np.float64)
+        scores[-1] = captured.reward  # the last prefix is the whole response, whose score is read at the closing token
         first = {"subtract": before or 0.0, "zero": float(scores[0]), "fold": 0.0}[params.first_token]
-        return Credit(np.diff(scores, prepend=first), baseline=first, warnings=tuple(warnings))
+        rewards = np.zeros(captured.length)
+        rewards[np.asarray(boundaries) - 1] = np.diff(scores, prepend=first)
+        return Credit(rewards, baseline=first, warnings=tuple(warnings))
+
+
+def _every(stride: int, length: int) -> list[int]:
+    """stride, 2 * stride, ... below `length`, and `length`."""
+    return [*range(stride, length, stride), length]

@@ -236,10 +236,10 @@ def _prefixes(sequence: ScoringInput, reads: Float32[np.ndarray, " _"]) -> dict[
         open_reads, reads = np.split(reads, [length + min(sequence.prompt_length, 1)])
         prefixes["open"] = _with_before(open_reads, length)
     if PrefixScores("closed") in sequence.needs:
-        prefixes["closed"] = _with_before(reads, len(sequence.closed_prefixes) - 1)
+        prefixes["closed"] = _with_before(reads, len(sequence.closed_prefixes) - 1, sequence.boundaries)
     return prefixes
 
 
-def _with_before(reads: Float32[np.ndarray, " _"], length: int) -> Prefixes:
+def _with_before(reads: Float32[np.ndarray, " _"], length: int, boundaries: Sequence[int] | None = None) -> Prefixes:
     before, after = np.split(reads, [len(reads) - length])
-    return Prefixes(float(before[0]) if len(before) else None, after)
+    return Prefixes(float(before[0]) if len(before) else None, after, boundaries)
