@@ -62,7 +62,7 @@ def test_the_parameters_and_defaults_in_the_table_are_the_methods_own() -> None:
         for parameter, field in fields.items():
             shown = re.search(rf"`{parameter}` \(`?([\w.]+)", parameters)
             assert shown is not None
-            assert shown[1] == f"{field.default:g}" if isinstance(field.default, float) else shown[1] == field.default
+            assert shown[1] == (field.default if isinstance(field.default, str) else f"{field.default:g}")
 
 
 def test_the_commands_it_names_exist() -> None:

@@ -89,3 +89,12 @@ def test_a_truncating_tokenizer_is_read_whole() -> None:
 def test_a_tokenizer_without_offsets_is_refused() -> None:
     with pytest.raises(ModelError, match="not a fast tokenizer"):
         Vocabulary(object())
+
+
+@pytest.mark.parametrize("size", [0, 10, 5000])
+def test_a_prompt_met_again_has_the_same_ids_whatever_became_of_the_first(size: int) -> None:
+    text = "a b " * size
+    first = BYTE_LEVEL.prompt_ids(text)
+    assert first == BYTE_LEVEL.encode(text).ids
+    first.append(7)
+    assert BYTE_LEVEL.prompt_ids(text) == BYTE_LEVEL.encode(text).ids

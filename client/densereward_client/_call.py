@@ -69,13 +69,15 @@ def token_rewards_call(
         on_error=on_error,
         encoding_format=encoding_format,
     )
-    return _post("/token_rewards", request, TokenRewardsResponse, check_token_rewards)
+    return _post("/token_rewards", request, TokenRewardsResponse, check_token_rewards, encoding_format)
 
 
-def rewards_call(samples: Samples, model: str | None, on_error: OnError) -> Call[RewardsResponse]:
+def rewards_call(
+    samples: Samples, model: str | None, on_error: OnError, encoding_format: EncodingFormat
+) -> Call[RewardsResponse]:
     """POST /rewards."""
     request = _request(RewardsRequest, model=model, samples=samples, on_error=on_error)
-    return _post("/rewards", request, RewardsResponse, check_rewards)
+    return _post("/rewards", request, RewardsResponse, check_rewards, encoding_format)
 
 
 def models_call() -> Call[ModelList]:
@@ -97,6 +99,7 @@ def _post(
     request: _Request,
     kind: type[_ParsedAnswer],
     check: Callable[[_Request, _ParsedAnswer], None],
+    encoding_format: EncodingFormat,
 ) -> Call[_ParsedAnswer]:
     def read(body: bytes) -> _ParsedAnswer:
         answer = _parse(kind, body)
@@ -104,7 +107,8 @@ def _post(
         return answer
 
     # Only what was set: a None that the caller wrote into a message or a method's parameters is kept.
-    return Call("POST", path, request.model_dump_json(exclude_unset=True).encode(), read)
+    body = request.model_dump_json(exclude_unset=True, context=encoding_format).encode()
+    return Call("POST", path, body, read)
 
 
 def _parse(kind: type[_ParsedAnswer], body: bytes) -> _ParsedAnswer:

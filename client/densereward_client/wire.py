@@ -6,10 +6,8 @@ older client can read a newer server. Token rewards arrive as numpy float32 arra
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +19,11 @@ from pydantic import (
     FiniteFloat,
     PlainSerializer,
     StrictBool,
-    StrictInt,
     WithJsonSchema,
     model_validator,
 )
+
+from ._arrays import Ids, Mask, Numbers, Spans, decode_base64, encode_base64
 
 __all__ = [
     "Error",
@@ -51,26 +50,16 @@ __all__ = [
 Include = Literal["tokens", "spans", "prefix_scores", "attention", "segments"]
 
 
-def encode_base64(array: NDArray[np.float32]) -> str:
-    """Little-endian float32 bytes in base64, the convention of the embeddings APIs."""
-    return base64.b64encode(array.astype("<f4").tobytes()).decode("ascii")
-
-
 def _decode_floats(value: str | Iterable[float] | NDArray[np.float32]) -> NDArray[np.float32]:
     try:
         if isinstance(value, str):
-            return np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4").astype(np.float32)
+            return decode_base64(value, "<f4").astype(np.float32)
         array = np.asarray(value, dtype=np.float32)
-    except (binascii.Error, ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError("neither a list of numbers nor base64 of little-endian float32 values") from error
     if array.ndim != 1:
         raise ValueError(f"{array.ndim} dimensions where there must be one")
     return array
-
-
-def _as_list(value: Any) -> Any:
-    """Arrays and tensors as trainers hold them, as lists."""
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 FloatArray = Annotated[
@@ -80,12 +69,6 @@ FloatArray = Annotated[
     WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string"}]}),
 ]
 """float32[T]; on the wire a list of numbers, or base64 of little-endian float32 values."""
-
-
-_T = TypeVar("_T")
-_Listed = Annotated[_T, BeforeValidator(_as_list)]
-_Offset = Annotated[StrictInt, Field(ge=0)]
-_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class _Request(BaseModel):
@@ -106,29 +89,34 @@ class Message(BaseModel):
 
 
 class Sample(_Request):
-    """One prompt and one response. Exactly one way of giving each."""
+    """One prompt and one response. Exactly one way of giving each.
+
+    Lists of ids, masks, numbers and spans may each be given as base64 of little-endian values instead.
+    """
 
     id: str | None = Field(None, description="Echoed in the answer.")
     prompt: str | None = Field(None, description="Prompt text as it stands; template tokens in it are recognised.")
     messages: list[Message] | None = Field(None, description="Dialogue, rendered with the model's chat template.")
-    prompt_token_ids: _Listed[list[StrictInt]] | None = Field(
-        None, description="The prompt in the reward model's own tokens."
+    prompt_token_ids: Ids | None = Field(
+        None, description="The prompt in the reward model's own tokens; in base64, int32."
     )
     response: str | None = Field(None, description="Response text.")
-    response_token_ids: _Listed[list[StrictInt]] | None = Field(
-        None, description="The response in the reward model's own tokens."
+    response_token_ids: Ids | None = Field(
+        None, description="The response in the reward model's own tokens; in base64, int32."
     )
-    response_spans: _Listed[list[tuple[_Offset, _Offset]]] | None = Field(
+    response_spans: Spans | None = Field(
         None,
-        description="[start, end) of the policy's tokens in `response`, in UTF-8 bytes; rewards come back on them.",
+        description="[start, end) of the policy's tokens in `response`, in UTF-8 bytes; rewards come back on them. "
+        "In base64, int32: start and end in turn.",
     )
-    response_mask: _Listed[list[Literal[0, 1]]] | None = Field(
-        None, description="0 gets reward 0; its share moves to the next kept token, or the last kept one."
+    response_mask: Mask | None = Field(
+        None,
+        description="0 gets reward 0; its share moves to the next kept token, or the last kept one. In base64, uint8.",
     )
     finished: StrictBool = Field(True, description="False: cut by length, so no closing tokens are scored.")
-    weights: _Listed[list[_Number]] | None = Field(None, description="One per token, for the method `weights`.")
-    token_entropies: _Listed[list[_Number]] | None = Field(
-        None, description="The policy's entropies, one per token (nats)."
+    weights: Numbers | None = Field(None, description="One per token, for the method `weights`; in base64, float32.")
+    token_entropies: Numbers | None = Field(
+        None, description="The policy's entropies, one per token (nats); in base64, float32."
     )
 
     @model_validator(mode="after")

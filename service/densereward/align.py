@@ -114,7 +114,7 @@ class Aligner:
             prompt_text, prompt_ids = None, list(sample.prompt_token_ids)
         else:
             prompt_text = self._prompt_text(sample)
-            bare_ids = self.vocabulary.encode(prompt_text).ids
+            bare_ids = self.vocabulary.prompt_ids(prompt_text)
             prompt_ids = self._with_bos(sample, bare_ids)
         if sample.response_token_ids is not None:
             response_ids = list(sample.response_token_ids)

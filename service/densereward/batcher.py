@@ -1,45 +1,28 @@
-"""A queue in front of the engine: whoever waits together runs together, up to a budget of tokens.
+"""A queue in front of the engine: whoever waits together runs together, up to a budget of work.
 
 There is no window to wait for: an idle engine starts at once on whatever is there, a busy one finds a full batch when
-it comes back. Work whose caller left is dropped before it runs. All state belongs to the event loop; the engine runs
-in one thread of its own.
+it comes back. Who runs next is decided in `lines`. Work whose caller left is dropped before it runs. All state belongs
+to the event loop; the engine runs in one thread of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from densereward.capture import Captured, ScoringInput
+from densereward.cost import Bill, price
 from densereward.engines.base import Engine
 from densereward.errors import EngineFailure, NotReady, Overloaded, TooLarge
+from densereward.lines import Lines, Scored, Waiting
 from densereward.metrics import Metrics
 
 __all__ = ["Batcher", "Scored"]
 
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A sequence's capture, and how long it waited and ran (seconds)."""
-
-    captured: Captured
-    queue_seconds: float
-    forward_seconds: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Waiting:
-    sequence: ScoringInput
-    future: asyncio.Future[Scored]
-    since: float
-
-    @property
-    def tokens(self) -> int:
-        return self.sequence.forward_tokens
+_SHORTEST_WAIT = 0.1
+"""Seconds that a refused caller is told to wait at least."""
 
 
 class Batcher:
@@ -47,7 +30,7 @@ class Batcher:
 
     Args:
         engine: what runs the batches.
-        max_batch_tokens: tokens in one forward pass; a longer sequence runs by itself.
+        max_batch_tokens: work in one forward pass, in tokens' worth (see `cost`); a sequence beyond it runs by itself.
         max_queue_tokens: tokens that may wait; a request beyond that is refused.
         metrics: where queue and batches are counted.
     """
@@ -57,11 +40,10 @@ class Batcher:
         self._max_batch_tokens = max_batch_tokens
         self._max_queue_tokens = max_queue_tokens
         self._metrics = metrics
-        self._queue: deque[_Waiting] = deque()
-        self._queued_tokens = 0
+        self._lines = Lines(max_batch_tokens, engine.facts.pair_cost, metrics)
+        self._speed = _Speed()
         self._arrived = asyncio.Event()
         self._closing = False
-        self._tokens_per_second = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._task = asyncio.get_running_loop().create_task(self._work(), name="batcher")
 
@@ -73,20 +55,28 @@ class Batcher:
             TooLarge: it never will have.
             NotReady: the server is shutting down.
         """
-        tokens = sum(sequence.forward_tokens for sequence in sequences)
-        self._admit(tokens)
-        loop = asyncio.get_running_loop()
-        now = time.perf_counter()
-        waiting = [_Waiting(sequence, loop.create_future(), now) for sequence in sequences]
-        self._queue.extend(waiting)
-        self._count(tokens)
+        waiting = self._priced(sequences)
+        self._admit(sum(each.held for each in waiting))
+        line = self._lines.join(waiting)
         self._arrived.set()
         try:
             results = await asyncio.gather(*(each.future for each in waiting), return_exceptions=True)
         except asyncio.CancelledError:
-            self._drop_cancelled()
+            self._lines.leave(line)
             raise
         return [_scored_or_failure(result) for result in results]
+
+    def _priced(self, sequences: Sequence[ScoringInput]) -> list[Waiting]:
+        """The sequences with what each adds to a batch, and to the queue: there, too, a prompt counts once a call."""
+        loop = asyncio.get_running_loop()
+        now = time.perf_counter()
+        bill = Bill(self._engine.facts.pair_cost)
+        prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
+        waiting = []
+        for sequence in sequences:
+            item = price(sequence, prompts)
+            waiting.append(Waiting(sequence, item, bill.add(item).tokens, loop.create_future(), now))
+        return waiting
 
     async def close(self) -> None:
         """Finish what waits, then stop."""
@@ -104,10 +94,11 @@ class Batcher:
                 tokens=tokens,
                 limit=self._max_queue_tokens,
             )
-        if self._queued_tokens + tokens > self._max_queue_tokens:
-            wait = self._queued_tokens / self._tokens_per_second if self._tokens_per_second else 1.0
+        beyond = self._lines.tokens + tokens - self._max_queue_tokens
+        if beyond > 0:
+            wait = max(self._speed.seconds(beyond), _SHORTEST_WAIT)
             raise Overloaded(
-                f"{self._queued_tokens} tokens are waiting and the queue holds {self._max_queue_tokens}; try again in "
+                f"{self._lines.tokens} tokens are waiting and the queue holds {self._max_queue_tokens}; try again in "
                 f"{wait:.1f} s",
                 retry_after=wait,
                 tokens=tokens,
@@ -118,24 +109,12 @@ class Batcher:
         while True:
             await self._arrived.wait()
             self._arrived.clear()
-            while batch := self._next_batch():
+            while batch := self._lines.next_batch():
                 await self._run(batch)
             if self._closing:
                 return
 
-    def _next_batch(self) -> list[_Waiting]:
-        """The longest waiting sequences that fit the budget; at least one if any is left."""
-        batch: list[_Waiting] = []
-        tokens = 0
-        while self._queue and (not batch or tokens + self._queue[0].tokens <= self._max_batch_tokens):
-            each = self._queue.popleft()
-            self._count(-each.tokens)
-            if not each.future.done():
-                batch.append(each)
-                tokens += each.tokens
-        return batch
-
-    async def _run(self, batch: Sequence[_Waiting]) -> None:
+    async def _run(self, batch: Sequence[Waiting]) -> None:
         """One forward pass; where it fails, each half by itself, so that an error reaches only its own sequence."""
         started = time.perf_counter()
         sequences = [each.sequence for each in batch]
@@ -147,32 +126,54 @@ class Batcher:
             self._deliver(batch, captured, started)
             return
         # Outside the handler, where nothing holds the failed pass's memory any more.
-        if len(batch) > 1:
-            middle = len(batch) // 2
-            await self._run(batch[:middle])
-            await self._run(batch[middle:])
-        elif not batch[0].future.done():
-            batch[0].future.set_exception(failure)
+        if len(batch) == 1:
+            if not batch[0].future.done():
+                batch[0].future.set_exception(failure)
+            return
+        middle = len(batch) // 2
+        for half in (batch[:middle], batch[middle:]):
+            if stayed := [each for each in half if not each.future.done()]:
+                await self._run(stayed)
 
-    def _deliver(self, batch: Sequence[_Waiting], captured: Sequence[Captured], started: float) -> None:
+    def _deliver(self, batch: Sequence[Waiting], captured: Sequence[Captured], started: float) -> None:
         seconds = time.perf_counter() - started
-        tokens = sum(each.tokens for each in batch)
-        self._metrics.batch(sequences=len(batch), tokens=tokens, seconds=seconds)
-        self._tokens_per_second = tokens / seconds if seconds else self._tokens_per_second
+        self._speed.add(sum(each.held for each in batch), seconds)
+        self._count(batch, seconds)
         for each, result in zip(batch, captured, strict=True):
             if not each.future.done():
                 each.future.set_result(Scored(result, started - each.since, seconds))
 
-    def _drop_cancelled(self) -> None:
-        """Give back the room of callers who left."""
-        left = [each for each in self._queue if each.future.done()]
-        self._queue = deque(each for each in self._queue if not each.future.done())
-        self._count(-sum(each.tokens for each in left))
-        self._metrics.dropped(len(left))
+    def _count(self, batch: Sequence[Waiting], seconds: float) -> None:
+        bill = Bill(self._engine.facts.pair_cost)
+        for each in batch:
+            bill.add(each.price)
+        tokens = bill.total.tokens
+        self._metrics.batch(
+            sequences=len(batch),
+            tokens=tokens,
+            shared=sum(each.sequence.forward_tokens for each in batch) - tokens,
+            fill=bill.work / self._max_batch_tokens,
+            seconds=seconds,
+        )
 
-    def _count(self, tokens: int) -> None:
-        self._queued_tokens += tokens
-        self._metrics.queue(sequences=len(self._queue), tokens=self._queued_tokens)
+
+class _Speed:
+    """How fast the queue empties, over the last ten passes or so; a long pass counts for more than a short one."""
+
+    _MEMORY = 0.9
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """A pass freed so many tokens of the queue."""
+        self._tokens = self._MEMORY * self._tokens + tokens
+        self._seconds = self._MEMORY * self._seconds + seconds
+
+    def seconds(self, tokens: int) -> float:
+        """Until so many tokens have left the queue; a guess of 1 before any has."""
+        return tokens * self._seconds / self._tokens if self._tokens else 1.0
 
 
 def _scored_or_failure(result: Scored | BaseException) -> Scored | EngineFailure:

@@ -35,7 +35,26 @@ class Metrics:
             "densereward_dropped_sequences", "Sequences dropped because their caller left.", registry=self._registry
         )
         self._batch_tokens = Histogram(
-            "densereward_batch_tokens", "Tokens in a forward pass.", buckets=_TOKENS, registry=self._registry
+            "densereward_batch_tokens",
+            "Tokens in a forward pass, a prompt that sequences share counted once.",
+            buckets=_TOKENS,
+            registry=self._registry,
+        )
+        self._batch_fill = Histogram(
+            "densereward_batch_fill",
+            "Work of a forward pass over the budget; beyond 1 is one long sequence by itself.",
+            buckets=(0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1, 2, 4),
+            registry=self._registry,
+        )
+        self._budget = Gauge(
+            "densereward_batch_budget_tokens",
+            "The budget of a forward pass: tokens, long sequences' attention in tokens' worth.",
+            registry=self._registry,
+        )
+        self._shared_tokens = Counter(
+            "densereward_shared_tokens",
+            "Prompt tokens that did not run because another sequence of the same pass had them.",
+            registry=self._registry,
         )
         self._batch_sequences = Histogram(
             "densereward_batch_sequences",
@@ -67,10 +86,16 @@ class Metrics:
         """Callers left before their sequences ran."""
         self._dropped.inc(sequences)
 
-    def batch(self, sequences: int, tokens: int, seconds: float) -> None:
-        """A forward pass ended."""
+    def budget(self, tokens: int) -> None:
+        """The budget was chosen."""
+        self._budget.set(tokens)
+
+    def batch(self, *, sequences: int, tokens: int, shared: int, fill: float, seconds: float) -> None:
+        """A forward pass ended: tokens that ran, tokens that sharing saved, work over the budget."""
         self._batch_sequences.observe(sequences)
         self._batch_tokens.observe(tokens)
+        self._shared_tokens.inc(shared)
+        self._batch_fill.observe(fill)
         self._forward_seconds.observe(seconds)
 
     def ready(self, ready: bool) -> None:

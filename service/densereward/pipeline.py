@@ -8,7 +8,8 @@
     place      the rewards move to the trainer's own tokens                                (slots.py)
     answer     all of it in the shape of densereward_client.wire                           (answer.py)
 
-One `Pipeline` is one loaded model. Everything but the waiting runs in threads, off the event loop.
+One `Pipeline` is one loaded model. `prepare` is what comes before the wait for the engine, `answer` what comes after
+it; both run in threads, off the event loop.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,17 +28,37 @@ from densereward import __version__
 from densereward.align import Aligned, Aligner
 from densereward.answer import envelope, error_item, reward_item, token_rewards_item
 from densereward.batcher import Batcher, Scored
-from densereward.capture import PREFIX_MODES, Captured, Need, PrefixScores
+from densereward.capture import PREFIX_MODES, Need, PrefixScores
 from densereward.engines.base import Engine
 from densereward.errors import DenseRewardError, EngineFailure
 from densereward.metrics import Metrics
-from densereward.plans import Plan, availability, needs_of, plan
+from densereward.plans import Plan, availability, boundaries_of, needs_of, plan
 from densereward_client.wire import ModelCard, RewardsRequest, Sample, TokenRewardsRequest
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "Scores", "Work"]
 
 Samples = Sequence[Sample | DenseRewardError]
 """A request's samples; an error stands where one could not even be read."""
+
+Scores = Sequence[Scored | DenseRewardError]
+"""What the engine gave for each sample; an error stands where one could not be scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A request on its way through the engine.
+
+    Attributes:
+        plans: its methods; none for sequence rewards.
+        aligned: its samples, ready for the engine, or the error that stands for one.
+        started: when it began, by time.perf_counter.
+    """
+
+    request: RewardsRequest
+    samples: Samples
+    plans: Sequence[Plan]
+    aligned: Sequence[Aligned | DenseRewardError]
+    started: float
 
 
 class Pipeline:
@@ -68,10 +90,8 @@ class Pipeline:
         Raises:
             DenseRewardError: what could not be served, and what to do next.
         """
-        started = time.perf_counter()
-        aligned = await asyncio.to_thread(self._align, request, samples, (), frozenset())
-        scored = await self._score(request, samples, aligned)
-        return self._answer("rewards", request, samples, aligned, scored, reward_item, started)
+        work = await asyncio.to_thread(self.prepare, request, samples)
+        return await asyncio.to_thread(self.answer, work, await self.score(work))
 
     async def token_rewards(self, request: TokenRewardsRequest, samples: Samples) -> dict[str, Any]:
         """The answer to POST /token_rewards.
@@ -79,24 +99,50 @@ class Pipeline:
         Raises:
             DenseRewardError: what could not be served, and what to do next.
         """
-        started = time.perf_counter()
-        plans = plan(request, self._engine)
-        needs = needs_of(plans, request, self._engine)
-        aligned = await asyncio.to_thread(self._align, request, samples, plans, needs)
-        scored = await self._score(request, samples, aligned)
-
-        def item(index: int, sample: Sample, part: Aligned, captured: Captured) -> dict[str, Any]:
-            vocabulary = self._aligner.vocabulary
-            return token_rewards_item(
-                index, sample, part, captured, plans=plans, request=request, vocabulary=vocabulary
-            )
-
-        return await asyncio.to_thread(self._answer, "token_rewards", request, samples, aligned, scored, item, started)
+        return await self.rewards(request, samples)
 
     async def close(self) -> None:
         """Finish what waits, then free the engine."""
         await self._batcher.close()
         self._engine.close()
+
+    def prepare(self, request: RewardsRequest, samples: Samples) -> Work:
+        """All that comes before the engine. Blocks; for a thread.
+
+        Raises:
+            DenseRewardError: what could not be served, and what to do next.
+        """
+        started = time.perf_counter()
+        plans: list[Plan] = []
+        needs: frozenset[Need] = frozenset()
+        if isinstance(request, TokenRewardsRequest):
+            plans = plan(request, self._engine)
+            needs = needs_of(plans, request, self._engine)
+        return Work(request, samples, plans, self._align(request, samples, plans, needs), started)
+
+    async def score(self, work: Work) -> Scores:
+        """Run what could be aligned; errors keep their places.
+
+        Raises:
+            DenseRewardError: what could not be served, and what to do next.
+        """
+        results = iter(await self._batcher.score([each.sequence for each in work.aligned if isinstance(each, Aligned)]))
+        return [next(results) if isinstance(part, Aligned) else part for part in work.aligned]
+
+    def answer(self, work: Work, scores: Scores) -> dict[str, Any]:
+        """All that comes after the engine. Blocks; for a thread.
+
+        Raises:
+            EngineFailure: what the engine could not do.
+        """
+        scored = [self._checked(work, index, result) for index, result in enumerate(scores)]
+        items = [self._item(work, index, result) for index, result in enumerate(scored)]
+        kind = "token_rewards" if isinstance(work.request, TokenRewardsRequest) else "rewards"
+        served = [each for each in scored if isinstance(each, Scored)]
+        aligned = [each for each in work.aligned if isinstance(each, Aligned)]
+        answer = envelope(kind, items, aligned, served, work.started)
+        self._metrics.scored(self.name, len(served), answer["usage"]["forward_tokens"])
+        return answer | {"model": self.name, "fingerprint": self.fingerprint}
 
     def _align(
         self, request: RewardsRequest, samples: Samples, plans: Sequence[Plan], needs: frozenset[Need]
@@ -115,47 +161,37 @@ class Pipeline:
         aligned = self._aligner.align(sample, needs)
         for each in plans:
             each.method.check(aligned.trainer_tokens)
-        return aligned
+        boundaries = boundaries_of(plans, aligned.sequence.response_length)
+        if boundaries is None:
+            return aligned
+        return replace(aligned, sequence=replace(aligned.sequence, boundaries=boundaries))
 
-    async def _score(
-        self,
-        request: RewardsRequest,
-        samples: Samples,
-        aligned: Sequence[Aligned | DenseRewardError],
-    ) -> list[Scored | DenseRewardError]:
-        """Run what could be aligned; errors keep their places."""
-        results = iter(await self._batcher.score([each.sequence for each in aligned if isinstance(each, Aligned)]))
-        scored: list[Scored | DenseRewardError] = []
-        for index, (sample, part) in enumerate(zip(samples, aligned, strict=True)):
-            result = _finite(next(results)) if isinstance(part, Aligned) else part
-            if isinstance(result, EngineFailure):
-                result = _in_its_place(result, index, sample, request)
-            scored.append(result)
-        return scored
+    def _checked(self, work: Work, index: int, result: Scored | DenseRewardError) -> Scored | DenseRewardError:
+        result = _finite(result)
+        if isinstance(result, EngineFailure):
+            return _in_its_place(result, index, work.samples[index], work.request)
+        return result
 
-    def _answer(
-        self,
-        kind: str,
-        request: RewardsRequest,
-        samples: Samples,
-        aligned: Sequence[Aligned | DenseRewardError],
-        scored: Sequence[Scored | DenseRewardError],
-        item: Callable[[int, Sample, Aligned, Captured], dict[str, Any]],
-        started: float,
-    ) -> dict[str, Any]:
-        items = []
-        for index, (sample, part, result) in enumerate(zip(samples, aligned, scored, strict=True)):
-            try:
-                if isinstance(sample, Sample) and isinstance(part, Aligned) and isinstance(result, Scored):
-                    items.append(item(index, sample, part, result.captured))
-                elif isinstance(result, DenseRewardError):
-                    items.append(error_item(index, result))
-            except EngineFailure as error:
-                items.append(error_item(index, _in_its_place(error, index, sample, request)))
-        served = [each for each in scored if isinstance(each, Scored)]
-        answer = envelope(kind, items, [each for each in aligned if isinstance(each, Aligned)], served, started)
-        self._metrics.scored(self.name, len(served), answer["usage"]["forward_tokens"])
-        return answer | {"model": self.name, "fingerprint": self.fingerprint}
+    def _item(self, work: Work, index: int, result: Scored | DenseRewardError) -> dict[str, Any]:
+        sample, part = work.samples[index], work.aligned[index]
+        if isinstance(result, DenseRewardError):
+            return error_item(index, result)
+        if not (isinstance(sample, Sample) and isinstance(part, Aligned)):
+            raise TypeError(f"sample {index} was scored and never aligned")
+        if not isinstance(work.request, TokenRewardsRequest):
+            return reward_item(index, sample, part, result.captured)
+        try:
+            return token_rewards_item(
+                index,
+                sample,
+                part,
+                result.captured,
+                plans=work.plans,
+                request=work.request,
+                vocabulary=self._aligner.vocabulary,
+            )
+        except EngineFailure as error:
+            return error_item(index, _in_its_place(error, index, sample, work.request))
 
     def _card(self) -> ModelCard:
         facts, aligner = self._engine.facts, self._aligner
@@ -181,9 +217,9 @@ class Pipeline:
         return f"fp-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
 
 
-def _finite(result: Scored | EngineFailure) -> Scored | EngineFailure:
+def _finite(result: Scored | DenseRewardError) -> Scored | DenseRewardError:
     """A capture that holds a number that is not finite is a failure."""
-    if isinstance(result, EngineFailure):
+    if isinstance(result, DenseRewardError):
         return result
     captured = result.captured
     arrays = [*captured.attention_rows.values(), *(prefixes.after for prefixes in captured.prefixes.values())]

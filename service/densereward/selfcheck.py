@@ -16,7 +16,8 @@ __all__ = ["TOLERANCE", "self_check"]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """How far a score may move with the batch around it, relative to the largest score: rounding, not more."""
 
-_LENGTHS = (1, 7, 33, 70)
+_LENGTHS = (1, 7, 33, 100)
+_PROMPT = 65  # long enough for an engine to keep it when it comes again
 _CLOSING = 2
 
 
@@ -47,7 +48,7 @@ def _probes(engine: Engine) -> list[ScoringInput]:
     needs = frozenset(need for need in engine.provides if isinstance(need, PrefixScores) or need == AttentionRow(-1))
     probes = []
     for length in (*_LENGTHS, _LENGTHS[-1] - 1):
-        prompt = 0 if length < max(_LENGTHS) - 1 else max(_LENGTHS) // 3
+        prompt = 0 if length < max(_LENGTHS) - 1 else _PROMPT
         response = ids[-length : len(ids) - prompt]
         probes.append(
             ScoringInput(

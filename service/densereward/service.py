@@ -8,6 +8,7 @@ from pathlib import Path
 
 from densereward.align import Aligner
 from densereward.batcher import Batcher
+from densereward.budget import measure_budget
 from densereward.engines import ENGINES
 from densereward.engines.base import Engine
 from densereward.errors import ModelError, NotReady, UnknownModel
@@ -42,6 +43,8 @@ def load(settings: ModelSettings) -> tuple[Engine, Aligner]:
         device=settings.device,
         dtype=settings.dtype,
         longest=settings.max_length,
+        batch_tokens=settings.max_batch_tokens,
+        prompt_cache=settings.prompt_cache_bytes,
     )
     tokenizer = _tokenizer(source, settings.revision)
     aligner = Aligner(tokenizer, engine.facts.max_length, engine.facts.vocabulary_size)
@@ -63,10 +66,13 @@ class Service:
 
     Args:
         settings: which model, and its limits.
+        repeatable: the same samples in the same order get the same digits again. A number's last digits may depend on
+            its batch, so no budget is measured and no prompt is kept.
     """
 
-    def __init__(self, settings: ModelSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: ModelSettings, *, repeatable: bool = False) -> None:
+        self.settings = settings.model_copy(update={"prompt_cache_bytes": 0}) if repeatable else settings
+        self._repeatable = repeatable
         self.metrics = Metrics()
         self.draining = False
         self.failure: Exception | None = None
@@ -80,6 +86,7 @@ class Service:
         """
         try:
             engine, aligner = await asyncio.to_thread(load, self.settings)
+            budget = await asyncio.to_thread(self._budget, engine)
         except Exception as error:  # kept for whoever watches the start, and raised on
             self.failure = error
             raise
@@ -88,15 +95,22 @@ class Service:
             return
         batcher = Batcher(
             engine,
-            max_batch_tokens=self.settings.max_batch_tokens or engine.facts.batch_tokens,
+            max_batch_tokens=budget,
             max_queue_tokens=self.settings.max_queue_tokens,
             metrics=self.metrics,
         )
         name = self.settings.model_name or self.settings.model
         self._pipeline = Pipeline(name, engine, aligner, batcher, self.metrics)
+        self.metrics.budget(budget)
         self.metrics.ready(True)
         facts = engine.facts
-        logger.info("ready: %s (%s, %s on %s)", name, facts.family, facts.dtype, facts.device)
+        logger.info("ready: %s (%s, %s on %s; %d tokens a pass)", name, facts.family, facts.dtype, facts.device, budget)
+
+    def _budget(self, engine: Engine) -> int:
+        """What one forward pass may hold, in tokens' worth."""
+        if self.settings.max_batch_tokens is None and not self._repeatable and not self.draining:
+            return measure_budget(engine)
+        return engine.facts.batch_tokens
 
     def drain(self) -> None:
         """Take no new requests; those under way are finished. Takes no lock, so that a signal handler may call it."""

@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -42,7 +42,10 @@ class ModelSettings(BaseSettings):
         None, description="Tokens in the longest sequence served; by default what the model's config gives."
     )
     max_batch_tokens: PositiveInt | None = Field(
-        None, description="Tokens in one forward pass; by default 16384 on a GPU and 2048 on the CPU."
+        None, description="Tokens in one forward pass; by default what is fastest, measured at the start."
+    )
+    prompt_cache_bytes: NonNegativeInt = Field(
+        2**30, description="Bytes for the keys of prompts that come again in later passes; 0 runs every prompt anew."
     )
     max_queue_tokens: PositiveInt = Field(1_048_576, description="Tokens that may wait; beyond that, 429.")
 

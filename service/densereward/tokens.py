@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -18,6 +18,8 @@ from densereward.errors import ModelError
 __all__ = ["Vocabulary"]
 
 _ANY_LETTER = "a"
+_KEPT_PROMPTS = 64
+_KEPT_CHARACTERS = 4096  # of a prompt; with its ids, all that is kept stays within a few MB
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -54,6 +56,8 @@ class Vocabulary:
         self._added: dict[int, bytes] = {
             each["id"]: each["content"].encode() for each in self._definition["added_tokens"]
         }
+        self._prompt_ids = lru_cache(_KEPT_PROMPTS)(lambda text: tuple(self.encode(text).ids))
+        self._known: dict[int, bytes | None] = {}  # never more than the vocabulary
         self._alphabet = _byte_alphabet()
         self._decoders = _types(self._definition.get("decoder"))
         self.bos_id: int | None = tokenizer.bos_token_id
@@ -79,8 +83,19 @@ class Vocabulary:
         """Ids with character offsets; special tokens in the text are recognised, none are added."""
         return self._backend.encode(text, add_special_tokens=False)
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """The ids of a prompt. Trainers send many responses to one prompt, so the last ones are kept."""
+        if len(text) > _KEPT_CHARACTERS:
+            return self.encode(text).ids
+        return list(self._prompt_ids(text))
+
     def token_bytes(self, token_id: int) -> bytes | None:
         """The bytes a token stands for inside a text, or None where the tokenizer does not let that be known."""
+        if token_id not in self._known:
+            self._known[token_id] = self._bytes_of(token_id)
+        return self._known[token_id]
+
+    def _bytes_of(self, token_id: int) -> bytes | None:
         if token_id in self._added:
             return self._added[token_id]
         token: str | None = self._backend.id_to_token(token_id)
@@ -102,18 +117,25 @@ class Vocabulary:
 
     def spans_of_ids(self, token_ids: Sequence[int]) -> list[Span] | None:
         """[start, end) of each token in the bytes that the ids write, or None where they cannot be known."""
-        pieces = [self.token_bytes(token_id) for token_id in token_ids]
+        pieces = self._pieces(token_ids)
+        return None if pieces is None else _consecutive(list(map(len, pieces)))
+
+    def _pieces(self, token_ids: Sequence[int]) -> list[bytes] | None:
+        """The bytes of each token, or None where those of one cannot be known."""
+        pieces = list(map(self._known.get, token_ids))
+        if None in pieces:  # not met before, or not to be known
+            pieces = list(map(self.token_bytes, token_ids))
         known = [piece for piece in pieces if piece is not None]
-        return _consecutive([len(piece) for piece in known]) if len(known) == len(pieces) else None
+        return known if len(known) == len(pieces) else None
 
     def spans_in_text(self, text: str, encoding: Encoding) -> list[Span]:
         """[start, end) of each token in the UTF-8 bytes of the text it was read from; in order, without overlap.
 
         Exact where tokens spell out the text's bytes; where the tokenizer rewrites the text, from its offsets.
         """
-        pieces = [self.token_bytes(token_id) for token_id in encoding.ids]
-        if None not in pieces and b"".join(piece or b"" for piece in pieces) == text.encode():
-            return _consecutive([len(piece or b"") for piece in pieces])
+        pieces = self._pieces(encoding.ids)
+        if pieces is not None and b"".join(pieces) == text.encode():
+            return _consecutive(list(map(len, pieces)))
         return _from_offsets(text, encoding.offsets)
 
 

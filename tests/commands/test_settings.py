@@ -63,8 +63,9 @@ def test_every_knob_can_be_set_from_the_environment(
 ) -> None:
     values = {
         "model": "m", "revision": "r", "model_name": "n", "device": "cpu", "dtype": "float16", "max_length": 1,
-        "max_batch_tokens": 2, "max_queue_tokens": 3, "host": "h", "port": 4, "api_key": "k", "max_body_bytes": 5,
-        "max_samples": 6, "request_timeout": 7.5, "drain_timeout": 8.5, "log_level": "error",
+        "max_batch_tokens": 2, "prompt_cache_bytes": 17, "max_queue_tokens": 3, "host": "h", "port": 4,
+        "api_key": "k", "max_body_bytes": 5, "max_samples": 6, "request_timeout": 7.5,
+        "drain_timeout": 8.5, "log_level": "error",
     }  # fmt: skip
     assert values.keys() == Serve.model_fields.keys()
     for name, value in values.items():

@@ -122,7 +122,8 @@ def test_metrics_count_requests_samples_and_tokens(api: Api, server: Server) -> 
     assert moved('densereward_samples_total{model="tiny"}') == 2
     assert moved('densereward_forward_tokens_total{model="tiny"}') == tokens
     assert moved("densereward_batch_sequences_sum") == 2
-    assert moved("densereward_batch_tokens_sum") == tokens
+    assert moved("densereward_batch_tokens_sum") + moved("densereward_shared_tokens_total") == tokens
+    assert moved("densereward_shared_tokens_total") > 0
     assert moved("densereward_batch_tokens_count") == moved("densereward_forward_seconds_count") > 0
     assert after["densereward_queue_sequences"] == after["densereward_queue_tokens"] == 0
     assert after["densereward_ready"] == 1

@@ -16,8 +16,14 @@ from serving import Api, Json, Server, refusal, serving, until
 
 QUEUE = 60_000
 SMALL: Json = {"prompt_token_ids": [5], "response_token_ids": [6, 7]}
-# 29 sequences of 2000 tokens, closing ones included, in a forward pass each: seconds of work.
-BIG: list[Json] = [{"prompt_token_ids": [5] * 98, "response_token_ids": [6] * 1900}] * 29
+
+
+def long_samples(count: int) -> list[Json]:
+    """Sequences of 2000 tokens, closing ones included, that share nothing."""
+    return [{"prompt_token_ids": [*[5] * 97, 10 + i], "response_token_ids": [6] * 1900} for i in range(count)]
+
+
+BIG = long_samples(29)  # in a forward pass each: seconds of work
 BIG_TOKENS = 58_000
 
 
@@ -72,8 +78,7 @@ def _counted(busy: Server, status: int) -> float:
 def test_a_request_that_the_queue_can_never_hold_is_a_413(api: Api) -> None:
     message = f"the request holds 62000 tokens and the queue {QUEUE}; send it in parts"
     expected = {"code": "too_large", "message": message, "details": {"tokens": 62_000, "limit": QUEUE}}
-    samples = [{"prompt_token_ids": [5] * 98, "response_token_ids": [6] * 1900}] * 31
-    assert api.refusal(samples, "/rewards") == (413, expected)
+    assert api.refusal(long_samples(31), "/rewards") == (413, expected)
 
 
 def test_a_full_queue_is_a_429_that_says_when_to_come_back(api: Api, busy: Server) -> None:

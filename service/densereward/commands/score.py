@@ -50,7 +50,8 @@ class Score(ModelSettings, cli_prog_name="densereward score", **FLAGS):
             sys.exit(f"not scored: {failed} of the samples; `error` in {self.output} says why")
 
     async def _score(self) -> int:
-        service = Service(self.model_copy(update={"max_queue_tokens": sys.maxsize}))
+        # No measured budget: a run that goes on where it stopped must batch as before.
+        service = Service(self.model_copy(update={"max_queue_tokens": sys.maxsize}), repeatable=True)
         await service.start()
         try:
             return await self._score_with(service)

@@ -39,7 +39,7 @@ class Scorer:
 
     def __init__(self, folder: Path) -> None:
         settings = ModelSettings(model=str(folder), device="cpu", max_queue_tokens=sys.maxsize)
-        self._service = Service(settings)
+        self._service = Service(settings, repeatable=True)
         self._runner = asyncio.Runner()
 
     def __enter__(self) -> Scorer:

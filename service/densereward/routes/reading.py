@@ -1,86 +1,39 @@
-"""From a request's bytes to a request: limits first, then JSON, then each sample by itself."""
+"""From a request's bytes to a request: limits first, then JSON, then each sample by itself.
+
+A parser holds the interpreter, and with it the event loop, until it is done, in whatever thread it runs. So a body is
+cut into its samples and these are read one by one: between two of them others have their turn.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import json
-from itertools import groupby
-from typing import Any, TypeVar
+import re
+from json import JSONDecoder
+from typing import TypeVar
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
 from densereward.errors import ClientGone, DenseRewardError, MalformedJSON, TooLarge
 from densereward.problems import invalid, problems_of
-from densereward.settings import ServerSettings
 from densereward_client.wire import RewardsRequest, Sample
 
-__all__ = ["read", "read_request"]
+__all__ = ["body_of", "read"]
 
 R = TypeVar("R", bound=RewardsRequest)
 Samples = list[Sample | DenseRewardError]
 
-_PLACEHOLDER = {"prompt": "", "response": ""}
+_JSON = JSONDecoder()
+_SPACE = re.compile(r"[ \t\n\r]*")
+_PLACEHOLDER = '[{"prompt": "", "response": ""}]'
 
 
-async def read_request(request: Request, kind: type[R], settings: ServerSettings) -> tuple[R, Samples]:
-    """Read the body of a scoring request.
+async def body_of(request: Request, limit: int) -> bytes:
+    """The bytes of a request's body.
 
     Raises:
-        TooLarge: more bytes or samples than the server takes.
-        MalformedJSON: not JSON.
-        InvalidRequest: JSON that is not such a request.
+        TooLarge: more bytes than the server takes.
         ClientGone: the caller left while sending.
     """
-    body = await _body(request, settings.max_body_bytes)
-    parsed, samples = await asyncio.to_thread(read, body, kind)
-    if len(samples) > settings.max_samples:
-        raise TooLarge(
-            f"{len(samples)} samples in one request, and the server takes {settings.max_samples}; send them in parts",
-            samples=len(samples),
-            limit=settings.max_samples,
-        )
-    return parsed, samples
-
-
-def read(body: bytes, kind: type[R]) -> tuple[R, Samples]:
-    """Parse a body. A sample that cannot be read becomes its error, in its place.
-
-    Raises:
-        MalformedJSON: not JSON.
-        InvalidRequest: JSON that is not such a request, whatever its samples.
-    """
-    try:
-        request = kind.model_validate_json(body)
-    except ValidationError as error:
-        problems = problems_of(error)
-    else:
-        return request, list(request.samples)
-    if problems[0]["type"] == "json_invalid":
-        raise MalformedJSON(f"the body is not JSON: {problems[0]['msg']}")
-    if of_the_request := [problem for problem in problems if _sample_index(problem) is None]:
-        raise invalid(of_the_request)
-    return _with_errors(json.loads(body), kind, problems)
-
-
-def _sample_index(problem: ErrorDetails) -> int | None:
-    location = problem["loc"]
-    return int(location[1]) if len(location) > 1 and location[0] == "samples" else None
-
-
-def _with_errors(raw: dict[str, Any], kind: type[R], problems: list[ErrorDetails]) -> tuple[R, Samples]:
-    """The request with a placeholder for every bad sample, and the samples with the errors instead."""
-    grouped = {index: list(group) for index, group in groupby(problems, _sample_index) if index is not None}
-    readable = [_PLACEHOLDER if i in grouped else sample for i, sample in enumerate(raw["samples"])]
-    request = kind.model_validate_json(json.dumps(raw | {"samples": readable}))
-    samples: Samples = list(request.samples)
-    for index, of_the_sample in grouped.items():
-        samples[index] = invalid(of_the_sample, inside=2, sample=raw["samples"][index])
-    return request, samples
-
-
-async def _body(request: Request, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     try:
@@ -92,3 +45,110 @@ async def _body(request: Request, limit: int) -> bytes:
     except ClientDisconnect as error:
         raise ClientGone("the caller left while sending the request") from error
     return b"".join(parts)
+
+
+def read(body: bytes, kind: type[R], most: int) -> tuple[R, Samples]:
+    """Parse a body of at most `most` samples. A sample that cannot be read becomes its error, in its place.
+
+    The request that comes back holds a placeholder for its samples.
+
+    Raises:
+        MalformedJSON: not JSON.
+        InvalidRequest: JSON that is not such a request, whatever its samples.
+        TooLarge: more samples than that.
+    """
+    try:
+        text = body.decode()
+        envelope, places = _cut(text)
+        request = kind.model_validate_json(envelope)
+        _check_number(len(places), most)
+        return request, [_sample(text[start:stop]) for start, stop in places]
+    except (ValueError, RecursionError):
+        request = _whole(body, kind)
+    _check_number(len(request.samples), most)
+    return request, list(request.samples)
+
+
+def _cut(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The request with a placeholder for its samples, and where each sample begins and ends in the text.
+
+    Raises:
+        ValueError, RecursionError: no JSON object with a list of samples, as far as the standard library can tell.
+    """
+    envelope: list[str] = []
+    places: list[tuple[int, int]] = []
+    written, at, mark = 0, 0, "{"
+    while text[(at := _skip(text, at)) : at + 1] == mark:
+        name, at = _JSON.raw_decode(text, _skip(text, at + 1))
+        at = _skip(text, _after(text, _skip(text, at), ":"))
+        if name == "samples" and text[at : at + 1] == "[":
+            envelope += [text[written:at], _PLACEHOLDER]
+            places, at = _elements(text, at + 1)
+            written = at
+        else:
+            _, at = _JSON.raw_decode(text, at)
+        mark = ","
+    if not places:
+        raise ValueError("there are no samples")
+    return "".join([*envelope, text[written:]]), places
+
+
+def _elements(text: str, at: int) -> tuple[list[tuple[int, int]], int]:
+    """Where the elements of a list begin and end, and where the list ends."""
+    places: list[tuple[int, int]] = []
+    at = _skip(text, at)
+    while text[at : at + 1] != "]":
+        if places:
+            at = _skip(text, _after(text, at, ","))
+        _, stop = _JSON.raw_decode(text, at)
+        places.append((at, stop))
+        at = _skip(text, stop)
+    return places, at + 1
+
+
+def _skip(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    return match.end() if match else at
+
+
+def _after(text: str, at: int, mark: str) -> int:
+    if text[at : at + 1] != mark:
+        raise ValueError(f"no {mark} at {at}")
+    return at + 1
+
+
+def _sample(text: str) -> Sample | DenseRewardError:
+    """Raises ValidationError where the text is no JSON."""
+    try:
+        return Sample.model_validate_json(text)
+    except ValidationError as error:
+        problems = problems_of(error)
+        if problems[0]["type"] == "json_invalid":
+            raise
+        return invalid(problems, sample=_JSON.decode(text))
+
+
+def _whole(body: bytes, kind: type[R]) -> R:
+    """The request by the one parser that reads it in one piece, and so knows what is wrong with it, and where.
+
+    Raises:
+        MalformedJSON: not JSON.
+        InvalidRequest: JSON that is not such a request.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        problems = problems_of(error)
+    if problems[0]["type"] == "json_invalid":
+        raise MalformedJSON(f"the body is not JSON: {problems[0]['msg']}")
+    of_the_request = [each for each in problems if len(each["loc"]) < 2 or each["loc"][0] != "samples"]
+    raise invalid(of_the_request or problems)
+
+
+def _check_number(samples: int, most: int) -> None:
+    if samples > most:
+        raise TooLarge(
+            f"{samples} samples in one request, and the server takes {most}; send them in parts",
+            samples=samples,
+            limit=most,
+        )

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, TypeVar
+from collections.abc import Coroutine
+from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Depends, Header, Request, Response
 
 from densereward.errors import ClientGone, DeadlineExceeded, Unauthorized
-from densereward.pipeline import Pipeline, Samples
-from densereward.routes.reading import read_request
+from densereward.pipeline import Pipeline, Scores, Work
+from densereward.routes.reading import body_of, read
 from densereward.service import Service
 from densereward.settings import ServerSettings
 from densereward_client.wire import (
@@ -25,11 +25,9 @@ from densereward_client.wire import (
 
 __all__ = ["router"]
 
-R = TypeVar("R", bound=RewardsRequest)
 
-
-def require_key(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
-    """Where a key is set, the request must bring it as a bearer token."""
+async def require_key(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
+    """Where a key is set, the request must bring it as a bearer token. Not blocking, so it needs no thread."""
     key = request.app.state.settings.api_key
     if key is None:
         return
@@ -56,28 +54,24 @@ def _body(model: type[RewardsRequest]) -> dict[str, Any]:
 )
 async def token_rewards(request: Request) -> Response:
     """Sequence rewards, and the same rewards given to the response's tokens."""
-    return await _answer(request, TokenRewardsRequest, Pipeline.token_rewards)
+    return await _answer(request, TokenRewardsRequest)
 
 
 @router.post("/rewards", responses={200: {"model": RewardsResponse}}, openapi_extra=_body(RewardsRequest))
 async def rewards(request: Request) -> Response:
     """Sequence rewards only."""
-    return await _answer(request, RewardsRequest, Pipeline.rewards)
+    return await _answer(request, RewardsRequest)
 
 
-async def _answer(
-    request: Request, kind: type[R], score: Callable[[Pipeline, R, Samples], Coroutine[Any, Any, dict[str, Any]]]
-) -> Response:
+async def _answer(request: Request, kind: type[RewardsRequest]) -> Response:
     """Read and score within the time that a request has."""
     service: Service = request.app.state.service
     settings: ServerSettings = request.app.state.settings
     service.pipeline  # noqa: B018  # refuse before reading the body
     try:
         async with asyncio.timeout(settings.request_timeout):
-            parsed, samples = await read_request(request, kind, settings)
-            work = score(service.pipeline_for(parsed.model), parsed, samples)
-            answer = await _unless_caller_leaves(request, work)
-            content = await asyncio.to_thread(orjson.dumps, answer, option=orjson.OPT_SERIALIZE_NUMPY)
+            body = await body_of(request, settings.max_body_bytes)
+            content = await _unless_caller_leaves(request, _score(service, body, kind, settings.max_samples))
     except TimeoutError as error:
         raise DeadlineExceeded(
             f"the request took longer than {settings.request_timeout:g} s; send fewer samples, or raise the limit"
@@ -85,7 +79,27 @@ async def _answer(
     return Response(content, media_type="application/json")
 
 
-async def _unless_caller_leaves(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+async def _score(service: Service, body: bytes, kind: type[RewardsRequest], max_samples: int) -> bytes:
+    """From bytes to bytes: one thread before the wait for the engine, one after it."""
+    pipeline, work = await asyncio.to_thread(_prepare, service, body, kind, max_samples)
+    scored = await pipeline.score(work)
+    return await asyncio.to_thread(_encode, pipeline, work, scored)
+
+
+def _prepare(service: Service, body: bytes, kind: type[RewardsRequest], max_samples: int) -> tuple[Pipeline, Work]:
+    request, samples = read(body, kind, max_samples)
+    pipeline = service.pipeline_for(request.model)
+    return pipeline, pipeline.prepare(request, samples)
+
+
+def _encode(pipeline: Pipeline, work: Work, scored: Scores) -> bytes:
+    """The answer's bytes, item by item: an encoder holds the interpreter as long as a parser does."""
+    answer = pipeline.answer(work, scored)
+    items = [orjson.Fragment(orjson.dumps(item, option=orjson.OPT_SERIALIZE_NUMPY)) for item in answer["data"]]
+    return orjson.dumps(answer | {"data": items})
+
+
+async def _unless_caller_leaves(request: Request, work: Coroutine[Any, Any, bytes]) -> bytes:
     """The work's result; once the caller has left or the time has run out, the work is dropped."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_caller_left(request))

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixMode, PrefixScores, ScoringInput
 from densereward.engines.base import EngineFacts
 from densereward.engines.torch.kept import KeptKeys, Prompt, PromptKeys
+from densereward.engines.torch.linear import speed_up
 from densereward.engines.torch.loading import (
     Dtype,
     choose_device,
@@ -22,6 +23,7 @@ from densereward.engines.torch.loading import (
     max_length,
     weights_fingerprint,
 )
+from densereward.engines.torch.memory import keep_freed_memory
 from densereward.engines.torch.packing import PackedBatch, pack
 from densereward.engines.torch.pieces import Piece, WrittenOut, in_pieces, write_out
 from densereward.errors import EngineFailure
@@ -61,6 +63,9 @@ class TorchEngine:
         self._prompts = PromptKeys(prompt_cache)
         embedding: Any = model.get_input_embeddings()
         self._backbone: Any = model.base_model
+        if model.device.type == "cpu":
+            speed_up(model.base_model)
+            keep_freed_memory()
         self._head = BradleyTerryHead(model)
         config = model.config
         self.facts = EngineFacts(
