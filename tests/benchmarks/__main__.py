@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +14,7 @@ import torch
 from transformers.utils import logging
 
 from tests.benchmarks import report
-from tests.benchmarks.figures import GROUPS
-from tests.benchmarks.harness import agreement, take_turns
+from tests.benchmarks.figures import GROUPS, ON_EMBEDDED
 from tests.benchmarks.work import FULL, QUICK, Size, Work, write_random_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,21 +28,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of every contestant (default 2)")
     parser.add_argument("--repeats", type=int, help="rounds in which the contestants take turns")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="these groups of figures")
+    parser.add_argument("--vllm-python", type=Path, help="an interpreter with vLLM, for the group vllm")
     parser.add_argument("--name", help="of the files in results (default: cpu, or quick)")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end as well
     size = QUICK if given.quick else FULL
     size = replace(size, rounds=given.repeats or size.rounds)
-    print(measure(size, given.threads, given.only, RESULTS, given.name or ("quick" if given.quick else "cpu")))
+    name = given.name or ("quick" if given.quick else "cpu")
+    print(measure(size, given.threads, given.only, RESULTS, name, given.vllm_python))
 
 
-def measure(size: Size, threads: int, only: Sequence[str], folder: Path, name: str) -> str:
+def measure(
+    size: Size, threads: int, only: Sequence[str], folder: Path, name: str, vllm_python: Path | None = None
+) -> str:
     """Measure groups of figures on every model and write them; the table comes back."""
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     machine = report.Machine.here(threads)
     with tempfile.TemporaryDirectory() as scratch:
         models, remarks = _models(size, Path(scratch))
-        results = [result for title, model in models for result in _results(title, model, size, threads, only)]
+        works = [Work(title, model, size, threads, vllm_python) for title, model in models]
+        also = [name for name in only if name in ON_EMBEDDED]
+        results = [result for work in works for result in _results(work, only if work is works[0] else also)]
     if size != replace(FULL, rounds=size.rounds):
         remarks = [*remarks, "Sizes smaller than the goals are meant for: for a look, not for the record."]
     return report.write(folder, name, machine, results, remarks)
@@ -64,20 +70,11 @@ def _models(size: Size, scratch: Path) -> tuple[list[tuple[str, Path]], list[str
         return models, [f"The embedded model was not measured: {type(error).__name__} while it was made ready."]
 
 
-def _results(title: str, model: Path, size: Size, threads: int, only: Sequence[str]) -> Iterator[report.Result]:
-    with ExitStack() as resources:
-        work = Work(title, model, size, threads, resources)
+def _results(work: Work, only: Sequence[str]) -> Iterator[report.Result]:
+    with work.resources:
         for name in only:
-            print(f"{title}: {name} ...", file=sys.stderr)
-            yield _result(work, name)
-
-
-def _result(work: Work, name: str) -> report.Result:
-    """One group: a first turn warms up and shows that all agree, then the rounds."""
-    group = GROUPS[name](work)
-    differences = agreement({key: run() for key, run in group.contestants.items()}, group.figures, TOLERANCE)
-    seconds = take_turns(group.contestants, group.rounds)
-    return report.Result(work.title, name, group, seconds, differences, group.notes())
+            print(f"{work.title}: {name} ...", file=sys.stderr)
+            yield report.Result.measured(work.title, name, GROUPS[name](work), TOLERANCE)
 
 
 if __name__ == "__main__":

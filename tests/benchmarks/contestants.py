@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from densereward.capture import AttentionRow, Captured, Need, PrefixMode, PrefixScores, ScoringInput
-from densereward.engines.base import Engine
+from densereward.cost import Bill, price
+from densereward.engines.base import Engine, EngineFacts
 from densereward.methods import METHODS
 from densereward.methods.base import TrainerTokens
 from tests.benchmarks.harness import Numbers
@@ -53,20 +54,21 @@ def one_by_one(engine: Engine, sequences: Sequence[ScoringInput]) -> Numbers:
 
 def _forward(engine: Engine, sequences: Sequence[ScoringInput], needs: frozenset[Need]) -> list[Captured]:
     asked = [replace(sequence, needs=needs) for sequence in sequences]
-    batches = _within_budget(asked, engine.facts.batch_tokens)
+    batches = within_budget(asked, engine.facts)
     return [captured for batch in batches for captured in engine.forward(batch)]
 
 
-def _within_budget(sequences: Sequence[ScoringInput], budget: int) -> Iterator[list[ScoringInput]]:
-    """Batches in the given order, of as many tokens as the server's."""
+def within_budget(sequences: Sequence[ScoringInput], facts: EngineFacts) -> Iterator[list[ScoringInput]]:
+    """Batches in the given order, as large as the server's; a prompt counts once in a batch."""
     batch: list[ScoringInput] = []
-    tokens = 0
+    bill = Bill(facts.pair_cost)
     for sequence in sequences:
-        if batch and tokens + len(sequence.token_ids) > budget:
+        item = price(sequence)
+        if batch and not bill.fits(item, float(facts.batch_tokens)):
             yield batch
-            batch, tokens = [], 0
+            batch, bill = [], Bill(facts.pair_cost)
         batch.append(sequence)
-        tokens += len(sequence.token_ids)
+        bill.add(item)
     yield batch
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.benchmarks.harness import Numbers
 
@@ -18,12 +18,25 @@ _FLOAT = 4  # bytes
 
 def model_flops(model: Any, lengths: Sequence[int]) -> float:
     """Multiplications and additions of the matrices and of causal attention; not of norms, softmax, embedding."""
+    return _flops(model, sum(lengths), sum(map(_causal, lengths)))
+
+
+def shared_flops(model: Any, prompt: int, responses: Sequence[int]) -> float:
+    """The same for responses to one prompt, which stands once and is looked at by each."""
+    pairs = _causal(prompt) + sum(prompt * length + _causal(length) for length in responses)
+    return _flops(model, prompt + sum(responses), pairs)
+
+
+def _causal(length: int) -> int:
+    return length * (length + 1) // 2
+
+
+def _flops(model: Any, tokens: int, pairs: int) -> float:
     config = model.config
     width: int = config.num_attention_heads * config.head_dim
-    pairs = sum(length * (length + 1) // 2 for length in lengths)
     attention = 2 * 2 * pairs * width * config.num_hidden_layers  # queries with keys, weights with values
     weights = sum(each.weight.numel() for each in _matrices(model))
-    return float(2 * weights * sum(lengths) + attention)
+    return float(2 * weights * tokens + attention)
 
 
 def model_bytes(model: Any, lengths: Sequence[int]) -> float:
@@ -46,29 +59,45 @@ class MatrixProducts:
     flops: float
 
     @classmethod
-    def fastest(cls, hidden: int, wide: int, work: float) -> MatrixProducts:
-        """Square matrices or the model's own widths, whichever has the higher rate."""
-        shapes = [(1024, 1024, 1024), (2048, 2048, 2048), (4096, hidden, wide), (4096, wide, hidden)]
-        rows, inner, columns = max(shapes, key=lambda shape: _rate(*shape))
-        flops = 2.0 * rows * inner * columns
-        turns = max(1, round(work / flops))
-        return cls(_product(rows, inner, columns), turns, turns * flops)
+    def fastest(cls, hidden: int, wide: int, work: float, like: Tensor | None = None) -> MatrixProducts:
+        """Square matrices or the model's own widths, whichever has the higher rate.
+
+        Args:
+            hidden: the model's width.
+            wide: that of its feed-forward layers.
+            work: how many multiplications and additions to do.
+            like: has the device and the dtype; by default float32 on the CPU.
+        """
+        like = torch.empty(0) if like is None else like
+        rows, squares = (16384, (4096, 8192)) if like.is_cuda else (4096, (1024, 2048))
+        shapes: list[tuple[int, int, int]] = [(rows, hidden, wide), (rows, wide, hidden)]
+        shapes += [(size, size, size) for size in squares]
+        rates = [_flops_of(*shape) / _best_seconds(_product(like, *shape)) for shape in shapes]
+        best = shapes[rates.index(max(rates))]
+        turns = max(1, round(work / _flops_of(*best)))
+        return cls(_product(like, *best), turns, turns * _flops_of(*best))
 
     def __call__(self) -> Numbers:
         """Run them."""
         with torch.inference_mode():
             for _ in range(self.turns):
                 self.product()
+        _wait_for_the_device()
         return {}
 
 
-def _product(rows: int, inner: int, columns: int) -> Callable[[], object]:
-    out = torch.empty(rows, columns)
-    return partial(torch.mm, torch.randn(rows, inner), torch.randn(inner, columns), out=out)
+def _product(like: Tensor, rows: int, inner: int, columns: int) -> Callable[[], object]:
+    left, right = torch.randn(rows, inner).to(like), torch.randn(inner, columns).to(like)
+    return partial(torch.mm, left, right, out=like.new_empty(rows, columns))
 
 
-def _rate(rows: int, inner: int, columns: int) -> float:
-    return 2.0 * rows * inner * columns / _best_seconds(_product(rows, inner, columns))
+def _flops_of(rows: int, inner: int, columns: int) -> float:
+    return 2.0 * rows * inner * columns
+
+
+def _wait_for_the_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def copy_rate() -> float:
@@ -79,9 +108,11 @@ def copy_rate() -> float:
 
 def _best_seconds(action: Callable[[], object], turns: int = 5) -> float:
     action()
+    _wait_for_the_device()
     seconds = []
     for _ in range(turns):
         started = time.perf_counter()
         action()
+        _wait_for_the_device()
         seconds.append(time.perf_counter() - started)
     return min(seconds)

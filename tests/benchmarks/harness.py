@@ -37,14 +37,37 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A row that is no ratio: something read off in every round, in its own unit. No values: it was not measured."""
+
+    title: str
+    values: Sequence[float]
+    unit: str = ""
+    goal: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines to be drawn on logarithmic axes; `name` is the end of the file's."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
 class Group:
-    """Contestants that take turns on one piece of work; `notes` are read after the last round."""
+    """Contestants that take turns on one piece of work; notes, readings and charts come after the last round."""
 
     work: str
     contestants: Mapping[str, Contestant]
-    figures: Sequence[Figure]
+    figures: Sequence[Figure] = ()
     rounds: int = 1
     notes: Callable[[], list[str]] = list
+    readings: Callable[[Seconds], list[Reading]] = lambda _: []
+    charts: Callable[[Seconds], list[Chart]] = lambda _: []
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -13,7 +15,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.benchmarks.harness import Group, ratios, spread
+from tests.benchmarks.harness import Chart, Group, Reading, agreement, ratios, spread, take_turns
+from tests.benchmarks.svg import draw
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -68,24 +71,39 @@ class Result:
     seconds: dict[str, list[float]]
     differences: dict[str, float | None]
     notes: list[str]
+    readings: list[Reading]
+    charts: list[Chart]
+
+    @classmethod
+    def measured(cls, model: str, name: str, group: Group, tolerance: float) -> Result:
+        """Measure a group: a first turn warms up and shows that all agree, then the rounds."""
+        started = time.perf_counter()
+        differences = agreement({key: run() for key, run in group.contestants.items()}, group.figures, tolerance)
+        seconds = take_turns(group.contestants, group.rounds)
+        print(f"  {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        return cls(
+            model, name, group, seconds, differences, group.notes(), group.readings(seconds), group.charts(seconds)
+        )
 
     def rows(self) -> list[str]:
-        """A line of the table for each figure."""
-        return [
+        """A line of the table for each figure, then for each reading."""
+        figures = [
             f"| {figure.title} | {_ratio(found.median)} | {_ratio(found.low)} .. {_ratio(found.high)} "
             f"| {figure.goal or '-'} | {self._median(figure.over)} / {self._median(figure.under)} "
             f"| {_difference(self.differences[figure.title])} |"
             for figure in self.group.figures
             for found in [spread(ratios(self.seconds, figure))]
         ]
+        return [*figures, *map(_reading, self.readings)]
 
     def _median(self, contestant: str) -> str:
         return f"{spread(self.seconds[contestant]).median:.3g}"
 
     def remarks(self) -> list[str]:
         """What was worked on, and what was noted."""
-        rounds = len(next(iter(self.seconds.values())))
-        return [" ".join([f"* {self.name}: {self.group.work}; {rounds} rounds.", *self.notes])]
+        rounds = len(next(iter(self.seconds.values()), []))
+        counted = f"; {rounds} rounds" if rounds else ""
+        return [" ".join([f"* {self.name}: {self.group.work}{counted}.", *self.notes])]
 
     def raw(self) -> dict[str, object]:
         """Everything that was measured."""
@@ -98,11 +116,24 @@ class Result:
             "seconds": self.seconds,
             "figures": figures,
             "differences": self.differences,
+            "readings": [asdict(each) for each in self.readings],
+            "charts": [asdict(each) for each in self.charts],
         }
 
 
+def _reading(reading: Reading) -> str:
+    unit = f" {reading.unit}" if reading.unit else ""
+    median, quartiles = "not measured", "-"
+    if reading.values:
+        found = spread(reading.values)
+        median, quartiles = f"{_ratio(found.median)}{unit}", f"{_ratio(found.low)} .. {_ratio(found.high)}"
+    return f"| {reading.title} | {median} | {quartiles} | {reading.goal or '-'} | - | - |"
+
+
 def _ratio(value: float) -> str:
-    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+    if 0 < value < 0.01:
+        return f"{value:.0e}"
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def _difference(value: float | None) -> str:
@@ -114,26 +145,30 @@ _HEADER = """\
 |---|---|---|---|---|---|"""
 
 _METHOD = """\
-Every figure is a ratio of two contestants that did the same work in the same run, in turns, with the same float32
-weights; medians over the rounds, quartiles beside them. "Largest difference" is between the numbers the two computed,
-relative to the largest of them. A goal is where the figure is to get, not a promise that it is there."""
+Every figure is a ratio of two contestants that did the same work in the same run, in turns, with the same weights,
+float32 on a CPU; medians over the rounds, quartiles beside them. A row without seconds is no ratio but was read off.
+"Largest difference" is between the numbers the two computed, relative to the largest of them. A goal is where the
+figure is to get, not a promise that it is there."""
 
 
-def table(machine: Machine, results: Sequence[Result], remarks: Sequence[str]) -> str:
-    """The whole page."""
+def table(machine: Machine, results: Sequence[Result], remarks: Sequence[str], charts: Sequence[str] = ()) -> str:
+    """The whole page; charts are the links to them."""
     parts = ["# Measurements", str(machine) + ".", _METHOD]
     for model in dict.fromkeys(result.model for result in results):
         own = [result for result in results if result.model == model]
         parts.append(f"## {model}")
         parts.append("\n".join([_HEADER, *(row for result in own for row in result.rows())]))
         parts.append("\n".join(remark for result in own for remark in result.remarks()))
-    return "\n\n".join([*parts, *remarks]) + "\n"
+    return "\n\n".join([*parts, *charts, *remarks]) + "\n"
 
 
 def write(folder: Path, name: str, machine: Machine, results: Sequence[Result], remarks: Sequence[str]) -> str:
-    """Write the table and, beside it, the raw numbers; the table comes back."""
+    """Write the table and, beside it, the raw numbers and the charts; the table comes back."""
     folder.mkdir(parents=True, exist_ok=True)
-    page = table(machine, results, remarks)
+    charts = {f"{name}-{chart.name}.svg": chart for result in results for chart in result.charts}
+    for file, chart in charts.items():
+        (folder / file).write_text(draw(chart))
+    page = table(machine, results, remarks, [f"![{chart.title}]({file})" for file, chart in charts.items()])
     (folder / f"{name}.md").write_text(page)
     raw = {"machine": asdict(machine), "remarks": list(remarks), "results": [result.raw() for result in results]}
     (folder / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
@@ -24,9 +25,10 @@ from densereward.align import Aligner
 from densereward.capture import ScoringInput
 from densereward.engines.torch.engine import TorchEngine
 from densereward_client.wire import Sample
+from tests.benchmarks import servers
 
 SEED = 0
-_LENGTH_SPREAD = 0.8  # of their logarithms
+LENGTH_SPREAD = 0.8  # of their logarithms
 
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -41,11 +43,13 @@ class Size:
     Attributes:
         hidden, layers: of the random Llama.
         samples, mean_length, longest: the batch: how many, and their tokens.
-        long: tokens of the single long sequence.
+        long, long_batch: tokens of the single long sequence, and sequences in the batch of which it is the longest.
         prefixes: response tokens of the sample whose prefixes are all scored.
         group, group_prompt, group_response: responses to one prompt, the prompt's tokens, and each response's.
         callers, calls: who calls the server at once, and how often each.
-        rounds: of every group; cheap groups take some more.
+        memory: tokens of the sequences whose pass is weighed.
+        growth_length, growth_batch, growth_group: the charts' tokens, sequences and responses.
+        rounds: of every group; cheap groups take some more, dear ones fewer.
         embedded: whether the embedded model is measured too.
     """
 
@@ -55,19 +59,40 @@ class Size:
     mean_length: int = 170
     longest: int = 1024
     long: int = 2048
+    long_batch: int = 8
     prefixes: int = 256
     group: int = 8
     group_prompt: int = 512
     group_response: int = 64
     callers: int = 64
-    calls: int = 4
-    rounds: int = 7
+    calls: int = 2
+    memory: tuple[int, ...] = (512, 1024, 2048, 4096)
+    growth_length: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
+    growth_batch: tuple[int, ...] = (1, 4, 16, 64)
+    growth_group: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    rounds: int = 3
     embedded: bool = True
+
+    @property
+    def dear_rounds(self) -> int:
+        """Rounds of a group whose contestants take a minute each."""
+        return min(self.rounds, 2)
 
 
 FULL = Size()
 QUICK = replace(
-    FULL, samples=8, mean_length=85, longest=512, long=512, prefixes=64, group_prompt=128, callers=16, calls=2, rounds=3
+    FULL,
+    samples=8,
+    mean_length=85,
+    longest=512,
+    long=512,
+    prefixes=64,
+    group_prompt=128,
+    callers=16,
+    memory=(256, 512, 1024),
+    growth_length=(128, 256, 512, 1024),
+    growth_batch=(1, 2, 4, 8),
+    growth_group=(1, 2, 4, 8),
 )
 SMALLEST = Size(
     hidden=64,
@@ -76,12 +101,17 @@ SMALLEST = Size(
     mean_length=40,
     longest=80,
     long=96,
+    long_batch=2,
     prefixes=8,
     group=3,
     group_prompt=24,
     group_response=8,
     callers=2,
-    calls=2,
+    calls=1,
+    memory=(64, 128),
+    growth_length=(16, 32),
+    growth_batch=(1, 2),
+    growth_group=(1, 2),
     rounds=2,
     embedded=False,
 )
@@ -95,6 +125,7 @@ class Work:
     folder: Path
     size: Size
     threads: int
+    vllm_python: Path | None = None
     resources: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
@@ -103,10 +134,20 @@ class Work:
         return TorchEngine.load(str(self.folder), device="cpu", dtype="float32")
 
     @cached_property
+    def server(self) -> str:
+        """The address of our server, a process of its own."""
+        return self.resources.enter_context(servers.ours(self.folder, self.threads))
+
+    @cached_property
     def aligner(self) -> Aligner:
         """Reads samples as the server does."""
         facts = self.engine.facts
         return Aligner(AutoTokenizer.from_pretrained(self.folder), facts.max_length, facts.vocabulary_size)
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's."""
+        return AutoConfig.from_pretrained(self.folder)
 
     def peer(self, attention: Literal["eager", "sdpa"]) -> Any:
         """The same weights in plain transformers."""
@@ -117,11 +158,9 @@ class Work:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Log-normal lengths of the batch's samples, in tokens: even quantiles, so that no draw was a lucky one."""
-        count, mean = self.size.samples, self.size.mean_length
-        normal = NormalDist(np.log(mean) - _LENGTH_SPREAD**2 / 2, _LENGTH_SPREAD)
-        lengths = np.exp([normal.inv_cdf((i + 0.5) / count) for i in range(count)]).clip(16, self.size.longest)
-        return [int(length) for length in np.random.default_rng(SEED).permutation(lengths)]
+        """Lengths of the batch's samples, in tokens."""
+        size = self.size
+        return log_normal_lengths(size.samples, size.mean_length, size.longest)
 
     @cached_property
     def samples(self) -> list[Sample]:
@@ -143,6 +182,33 @@ class Work:
     def sequences(self, samples: Sequence[Sample]) -> list[ScoringInput]:
         """The samples as the engine takes them, closing tokens included."""
         return [self.aligner.align(sample).sequence for sample in samples]
+
+
+def log_normal_lengths(count: int, mean: float, longest: int) -> list[int]:
+    """Even quantiles, so that no draw was a lucky one."""
+    normal = NormalDist(np.log(mean) - LENGTH_SPREAD**2 / 2, LENGTH_SPREAD)
+    lengths = np.exp([normal.inv_cdf((i + 0.5) / count) for i in range(count)]).clip(16, longest)
+    return [int(length) for length in np.random.default_rng(SEED).permutation(lengths)]
+
+
+def lengths_up_to(longest: int, count: int) -> list[int]:
+    """Log-normal lengths of which the longest is given."""
+    top = NormalDist().inv_cdf((count - 0.5) / count)
+    mean = longest * np.exp(LENGTH_SPREAD**2 / 2 - LENGTH_SPREAD * top)
+    lengths = log_normal_lengths(count, mean, longest)
+    return [longest if length == max(lengths) else length for length in lengths]
+
+
+def random_ids(prompt: Sequence[int], response: int, seed: int, vocabulary: int) -> ScoringInput:
+    """A sequence of made-up ids after the prompt's, scored at its end."""
+    ids = [*prompt, *made_up(response, seed, vocabulary)]
+    return ScoringInput(ids, len(prompt), response, len(ids) - 1)
+
+
+def made_up(count: int, seed: int, vocabulary: int) -> list[int]:
+    """Ids without the first few, which may be special."""
+    ids: list[int] = np.random.default_rng([SEED, seed]).integers(10, vocabulary, count).tolist()
+    return ids
 
 
 def random_text(words: int, generator: np.random.Generator) -> str:
