@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from densereward.engines.torch.linear import speed_up
 from tests.benchmarks.harness import Numbers
 
 _FLOAT = 4  # bytes
@@ -60,7 +61,7 @@ class MatrixProducts:
 
     @classmethod
     def fastest(cls, hidden: int, wide: int, work: float, like: Tensor | None = None) -> MatrixProducts:
-        """Square matrices or the model's own widths, whichever has the higher rate.
+        """Square matrices or the model's own widths, by either library, whichever has the highest rate.
 
         Args:
             hidden: the model's width.
@@ -72,10 +73,10 @@ class MatrixProducts:
         rows, squares = (16384, (4096, 8192)) if like.is_cuda else (4096, (1024, 2048))
         shapes: list[tuple[int, int, int]] = [(rows, hidden, wide), (rows, wide, hidden)]
         shapes += [(size, size, size) for size in squares]
-        rates = [_flops_of(*shape) / _best_seconds(_product(like, *shape)) for shape in shapes]
-        best = shapes[rates.index(max(rates))]
-        turns = max(1, round(work / _flops_of(*best)))
-        return cls(_product(like, *best), turns, turns * _flops_of(*best))
+        flops = {product: _flops_of(*shape) for shape in shapes for product in _products(like, *shape)}
+        best = max(flops, key=lambda product: flops[product] / _best_seconds(product))
+        turns = max(1, round(work / flops[best]))
+        return cls(best, turns, turns * flops[best])
 
     def __call__(self) -> Numbers:
         """Run them."""
@@ -86,9 +87,12 @@ class MatrixProducts:
         return {}
 
 
-def _product(like: Tensor, rows: int, inner: int, columns: int) -> Callable[[], object]:
+def _products(like: Tensor, rows: int, inner: int, columns: int) -> list[Callable[[], object]]:
+    """The same product by torch's own choice of library, and by the engine's."""
     left, right = torch.randn(rows, inner).to(like), torch.randn(inner, columns).to(like)
-    return partial(torch.mm, left, right, out=like.new_empty(rows, columns))
+    layer = nn.Linear(inner, columns, bias=False, device=like.device, dtype=like.dtype).requires_grad_(False)
+    speed_up(layer)
+    return [partial(torch.mm, left, right, out=like.new_empty(rows, columns)), partial(layer, left)]
 
 
 def _flops_of(rows: int, inner: int, columns: int) -> float:

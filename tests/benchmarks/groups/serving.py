@@ -123,8 +123,10 @@ def health(work: Work) -> Group:
 
 
 def _traffic(work: Work) -> list[Sample]:
-    size = work.size
-    return [work.samples[i % len(work.samples)] for i in range(size.callers * size.calls)]
+    """Samples of the batch's lengths, none like another: nothing is shared and nothing comes again."""
+    count = work.size.callers * work.size.calls
+    lengths = [work.lengths[i % len(work.lengths)] for i in range(count)]
+    return [work.sample(length // 4, length - length // 4, seed=10_000 + i) for i, length in enumerate(lengths)]
 
 
 def _as_ids(sequence: ScoringInput) -> Sample:
