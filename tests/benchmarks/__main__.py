@@ -41,18 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(
     size: Size, threads: int, only: Sequence[str], folder: Path, name: str, vllm_python: Path | None = None
 ) -> str:
-    """Measure groups of figures on every model and write them; the table comes back."""
+    """Measure groups of figures on every model; the table is written after each of them, and comes back."""
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     machine = report.Machine.here(threads)
+    results: list[report.Result] = []
+    page = ""
     with tempfile.TemporaryDirectory() as scratch:
         models, remarks = _models(size, Path(scratch))
-        works = [Work(title, model, size, threads, vllm_python) for title, model in models]
-        also = [name for name in only if name in ON_EMBEDDED]
-        results = [result for work in works for result in _results(work, only if work is works[0] else also)]
-    if size != replace(FULL, rounds=size.rounds):
-        remarks = [*remarks, "Sizes smaller than the goals are meant for: for a look, not for the record."]
-    return report.write(folder, name, machine, results, remarks)
+        if size != replace(FULL, rounds=size.rounds):
+            remarks.append("Sizes smaller than the goals are meant for: for a look, not for the record.")
+        for title, model in models:
+            groups = only if not results else [name for name in only if name in ON_EMBEDDED]
+            for result in _results(Work(title, model, size, threads, vllm_python), groups):
+                results.append(result)
+                page = report.write(folder, name, machine, results, remarks)
+    return page
 
 
 def _models(size: Size, scratch: Path) -> tuple[list[tuple[str, Path]], list[str]]:
