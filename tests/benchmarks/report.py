@@ -147,6 +147,7 @@ _HEADER = """\
 _METHOD = """\
 Every figure is a ratio of two contestants that did the same work in the same run, in turns, with the same weights,
 float32 on a CPU; medians over the rounds, quartiles beside them. A row without seconds is no ratio but was read off.
+Transformers runs in processes of its own, so that no setting of our engine helps or hinders it.
 "Largest difference" is between the numbers the two computed, relative to the largest of them. A goal is where the
 figure is to get, not a promise that it is there."""
 

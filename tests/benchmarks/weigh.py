@@ -5,17 +5,18 @@ A process for each, so that no other pass has left anything behind. The way is "
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from densereward.engines.torch.engine import TorchEngine
 from tests.benchmarks.contestants import padded_eager, token_rewards
 from tests.benchmarks.harness import Contestant
+from tests.benchmarks.peers import plain_model
 from tests.benchmarks.work import made_up, random_ids
 
 WAYS = ("ours", "eager")
@@ -33,9 +34,7 @@ def _pass(folder: str, way: str) -> Any:
     if way == "ours":
         engine = TorchEngine.load(folder, device="cpu", dtype="float32")
         return lambda sequence: token_rewards(engine, [sequence])
-    model: Any = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    model = plain_model(folder, "eager")
     return lambda sequence: padded_eager(model, [sequence], 1)
 
 
@@ -45,6 +44,7 @@ def _resident(field: str) -> int:
 
 
 def _peak(run: Contestant) -> int:
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process keeps would hide what the pass takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     before = _resident("VmRSS")
     run()

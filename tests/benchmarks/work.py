@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from densereward.capture import ScoringInput
 from densereward.engines.torch.engine import TorchEngine
 from densereward_client.wire import Sample
 from tests.benchmarks import servers
+from tests.benchmarks.peers import Peer
 
 SEED = 0
 LENGTH_SPREAD = 0.8  # of their logarithms
@@ -149,12 +150,24 @@ class Work:
         """The model's."""
         return AutoConfig.from_pretrained(self.folder)
 
-    def peer(self, attention: Literal["eager", "sdpa"]) -> Any:
-        """The same weights in plain transformers."""
-        model = AutoModelForSequenceClassification.from_pretrained(
-            self.folder, dtype=torch.float32, attn_implementation=attention
-        )
-        return model.eval()
+    @cached_property
+    def shapes(self) -> Any:
+        """The model without its weights, to count what it does."""
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(self.config)
+
+    @cached_property
+    def eager(self) -> Peer:
+        """The same weights in transformers, with the attention that returns its maps."""
+        return self._peer("eager")
+
+    @cached_property
+    def sdpa(self) -> Peer:
+        """The same with transformers' usual attention."""
+        return self._peer("sdpa")
+
+    def _peer(self, attention: str) -> Peer:
+        return self.resources.enter_context(closing(Peer(self.folder, attention, self.threads)))
 
     @cached_property
     def lengths(self) -> list[int]:

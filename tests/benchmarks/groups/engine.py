@@ -21,7 +21,7 @@ from tests.benchmarks.contestants import (
     token_rewards,
 )
 from tests.benchmarks.floor import MatrixProducts, copy_rate, model_bytes, model_flops
-from tests.benchmarks.harness import Contestant, Figure, Group
+from tests.benchmarks.harness import Contestant, Figure, Group, Numbers
 from tests.benchmarks.work import Work, lengths_up_to
 
 MICRO_BATCH = 8
@@ -32,9 +32,8 @@ def overhead(work: Work) -> Group:
     """What token rewards cost on top of the score, and how near the score is to the machine's limit."""
     sequences = work.sequences(work.samples)
     lengths = [len(each.token_ids) for each in sequences]
-    model = work.peer("sdpa")
-    products, flops = _floor(model, lengths)
-    moved = model_bytes(model, lengths)
+    products, flops = _floor(work.shapes, lengths)
+    moved = model_bytes(work.shapes, lengths)
     memory = moved / copy_rate()
     return Group(
         work=_described(sequences),
@@ -63,11 +62,14 @@ def overhead(work: Work) -> Group:
 def padded(work: Work) -> Group:
     """The batch, against transformers in padded batches."""
     sequences = work.sequences(work.samples)
-    sdpa = partial(padded_sdpa, work.peer("sdpa"), sequences)
+
+    def sdpa(batch_size: int, *, by_length: bool = False) -> Numbers:
+        return work.sdpa(padded_sdpa, sequences, batch_size, by_length=by_length)
+
     contestants: dict[str, Contestant] = {
         "ours, token rewards": partial(token_rewards, work.engine, sequences),
         "ours, sequence rewards": partial(sequence_rewards, work.engine, sequences),
-        "eager, whole maps": partial(padded_eager, work.peer("eager"), sequences, MICRO_BATCH),
+        "eager, whole maps": partial(work.eager, padded_eager, sequences, MICRO_BATCH),
         "SDPA, one batch": partial(sdpa, len(sequences)),
         "SDPA, micro-batches": partial(sdpa, MICRO_BATCH),
         "SDPA, sorted": partial(sdpa, MICRO_BATCH, by_length=True),
@@ -97,15 +99,14 @@ def long(work: Work) -> Group:
     """One long sequence: no padding to save, only maps not to make."""
     length = work.size.long
     sequences = work.sequences([work.sample(length // 4, length - length // 4, seed=length)])
-    model = work.peer("eager")
-    products, flops = _floor(model, [len(sequences[0].token_ids)])
+    products, flops = _floor(work.shapes, [len(sequences[0].token_ids)])
     title = f"eager `output_attentions`, one sequence, T = {length}, speed"
     return Group(
         work=f"one sequence of {len(sequences[0].token_ids)} tokens",
         contestants={
             "matrix products": products,
             "ours, token rewards": partial(token_rewards, work.engine, sequences),
-            "eager, whole maps": partial(padded_eager, model, sequences, 1),
+            "eager, whole maps": partial(work.eager, padded_eager, sequences, 1),
         },
         figures=[
             Figure(f"token rewards over {title}", "eager, whole maps", "ours, token rewards"),
@@ -127,7 +128,7 @@ def long_padded(work: Work) -> Group:
         work=_described(sequences),
         contestants={
             "ours, token rewards": partial(token_rewards, work.engine, sequences),
-            "eager, whole maps": partial(padded_eager, work.peer("eager"), sequences, len(sequences)),
+            "eager, whole maps": partial(work.eager, padded_eager, sequences, len(sequences)),
         },
         figures=[Figure(title, "eager, whole maps", "ours, token rewards", ">= 8")],
         rounds=work.size.dear_rounds,
@@ -143,7 +144,7 @@ def prefixes(work: Work) -> Group:
         work=f"one response of {sequences[0].response_length} tokens on a prompt of {sequences[0].prompt_length}",
         contestants={
             "ours, token rewards": partial(token_rewards, work.engine, sequences),
-            "every prefix": partial(every_prefix, work.peer("sdpa"), sequences[0], PREFIX_BATCH),
+            "every prefix": partial(work.sdpa, every_prefix, sequences[0], PREFIX_BATCH),
         },
         figures=[Figure(title, "every prefix", "ours, token rewards")],
         rounds=work.size.dear_rounds,
@@ -173,7 +174,7 @@ def _closed(work: Work, prompt_tokens: int, goal: str) -> Group:
         work=f"one response of {sequence.response_length} tokens on a prompt of {sequence.prompt_length}",
         contestants={
             "ours, closed prefixes": partial(closed_prefixes, work.engine, sequence),
-            "every closed prefix": partial(every_closed_prefix, work.peer("sdpa"), sequence, PREFIX_BATCH),
+            "every closed prefix": partial(work.sdpa, every_closed_prefix, sequence, PREFIX_BATCH),
         },
         figures=[Figure(f"{title}, speed", "every closed prefix", "ours, closed prefixes", goal)],
         rounds=work.size.dear_rounds,

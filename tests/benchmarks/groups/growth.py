@@ -64,42 +64,41 @@ def memory(work: Work) -> Group:
 
 def growth_length(work: Work) -> Group:
     """Seconds for one sequence of more and more tokens."""
-    model = work.peer("eager")
     sequences = {each: [_sequence(work, each // 4, each - each // 4, each)] for each in work.size.growth_length}
     return _growth(
         work,
         sequences,
         Chart("tokens", "One sequence, token rewards", "tokens in the sequence", "seconds", {}),
-        {"eager, whole maps": lambda batch: padded_eager(model, batch, 1)},
-        lambda batch: model_flops(model, [len(each.token_ids) for each in batch]),
+        {"eager, whole maps": lambda batch: work.eager(padded_eager, batch, 1)},
+        lambda batch: model_flops(work.shapes, [len(each.token_ids) for each in batch]),
     )
 
 
 def growth_batch(work: Work) -> Group:
     """Seconds for more and more sequences of one length."""
-    model, mean = work.peer("sdpa"), work.size.mean_length
+    mean = work.size.mean_length
     seeds = range(max(work.size.growth_batch))
     every = [_sequence(work, mean // 4, mean - mean // 4, seed, prompt_seed=seed) for seed in seeds]
     return _growth(
         work,
         {each: every[:each] for each in work.size.growth_batch},
         Chart("batch", f"A batch of sequences of {mean} tokens", "sequences", "seconds", {}),
-        {"SDPA, score only": lambda batch: padded_sdpa(model, batch, len(batch))},
-        lambda batch: model_flops(model, [len(each.token_ids) for each in batch]),
+        {"SDPA, score only": lambda batch: work.sdpa(padded_sdpa, batch, len(batch))},
+        lambda batch: model_flops(work.shapes, [len(each.token_ids) for each in batch]),
     )
 
 
 def growth_group(work: Work) -> Group:
     """Seconds for more and more responses to one prompt."""
-    model, size = work.peer("sdpa"), work.size
+    size = work.size
     every = [_sequence(work, size.group_prompt, size.group_response, seed) for seed in range(max(size.growth_group))]
     title = f"Responses of {size.group_response} tokens to one prompt of {size.group_prompt}"
     return _growth(
         work,
         {each: every[:each] for each in size.growth_group},
         Chart("group", title, "responses", "seconds", {}),
-        {"SDPA, score only": lambda batch: padded_sdpa(model, batch, len(batch))},
-        lambda batch: shared_flops(model, size.group_prompt, [size.group_response] * len(batch)),
+        {"SDPA, score only": lambda batch: work.sdpa(padded_sdpa, batch, len(batch))},
+        lambda batch: shared_flops(work.shapes, size.group_prompt, [size.group_response] * len(batch)),
     )
 
 

@@ -32,8 +32,8 @@ from densereward.heads.bradley_terry import BradleyTerryHead
 __all__ = ["TorchEngine"]
 
 
-# On a CPU, larger passes only fall out of the caches; a GPU needs them to be busy.
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+# On a CPU, larger passes gain nothing; a GPU needs them to be busy.
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 _LONG_PROMPT = 64
 """Tokens of a prompt that is worth looking up."""

@@ -125,7 +125,7 @@ def in_pieces(whole: WrittenOut, tokens: int) -> Iterator[Piece]:
     kept = KeptKeys()
     length, size = whole.length, max(len(whole.sequence.closing_ids), 1)
     for start, stop in _cuts(0, length, tokens):
-        yield Piece(whole, start, stop, kept, grows=True)
+        yield Piece(whole, start, stop, kept, grows=stop < len(whole.ids))
     for first, last in _cuts(0, (len(whole.ids) - length) // size, max(tokens // size, 1)):
         yield Piece(whole, length + first * size, length + last * size, kept)
 
