@@ -54,13 +54,13 @@ def test_the_smallest_size_near_the_best_throughput_is_chosen() -> None:
 
 def test_a_machine_that_only_slows_down_gets_the_smallest_budget() -> None:
     engine = TimedEngine(lambda tokens: 1e-5 * tokens**1.2)
-    assert budget(engine) == 1024
+    assert budget(engine) == 2048
 
 
 def test_it_ends_where_two_doublings_gain_nothing() -> None:
     engine = TimedEngine(lambda tokens: 1e-7 * tokens, device="cuda")
-    assert budget(engine) == 1024
-    assert max(engine.sizes) <= 4096
+    assert budget(engine) == 2048
+    assert max(engine.sizes) <= 8192
 
 
 @pytest.mark.parametrize(("device", "largest"), [("cpu", 4096), ("cuda:1", 65_536)])
@@ -72,7 +72,7 @@ def test_where_more_always_pays_it_ends_at_what_a_device_is_tried_with(device: s
 
 def test_a_slow_model_is_not_measured_for_long() -> None:
     engine = TimedEngine(lambda tokens: 0.1 * tokens)
-    assert budget(engine) == 1024
+    assert budget(engine) == 2048
     assert engine.sizes == [128]
 
 
@@ -97,7 +97,7 @@ def test_a_device_that_holds_next_to_nothing_still_gets_a_budget() -> None:
 
 
 def test_a_clock_that_stands_still_is_survived() -> None:
-    assert budget(TimedEngine(always(0.0))) >= 1024
+    assert budget(TimedEngine(always(0.0))) >= 2048
 
 
 def test_made_up_sequences_are_what_the_model_reads_and_share_nothing() -> None:

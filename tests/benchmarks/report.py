@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -19,6 +20,8 @@ from tests.benchmarks.harness import Chart, Group, Reading, agreement, ratios, s
 from tests.benchmarks.svg import draw
 
 _CPU_INFO = Path("/proc/cpuinfo")
+_Raw = dict[str, Any]
+"""A group as it is written down: `Result.raw`."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ class Result:
             "differences": self.differences,
             "readings": [asdict(each) for each in self.readings],
             "charts": [asdict(each) for each in self.charts],
+            "rows": self.rows(),
+            "remarks": self.remarks(),
         }
 
 
@@ -152,25 +157,43 @@ Transformers runs in processes of its own, so that no setting of our engine help
 figure is to get, not a promise that it is there."""
 
 
-def table(machine: Machine, results: Sequence[Result], remarks: Sequence[str], charts: Sequence[str] = ()) -> str:
+def table(results: Sequence[_Raw], remarks: Sequence[str], charts: Sequence[str] = ()) -> str:
     """The whole page; charts are the links to them."""
-    parts = ["# Measurements", str(machine) + ".", _METHOD]
-    for model in dict.fromkeys(result.model for result in results):
-        own = [result for result in results if result.model == model]
+    parts = ["# Measurements", *_machines(results), _METHOD]
+    for model in dict.fromkeys(each["model"] for each in results):
+        own = [each for each in results if each["model"] == model]
         parts.append(f"## {model}")
-        parts.append("\n".join([_HEADER, *(row for result in own for row in result.rows())]))
-        parts.append("\n".join(remark for result in own for remark in result.remarks()))
+        parts.append("\n".join([_HEADER, *(row for each in own for row in each["rows"])]))
+        parts.append("\n".join(remark for each in own for remark in each["remarks"]))
     return "\n\n".join([*parts, *charts, *remarks]) + "\n"
 
 
+def _machines(results: Sequence[_Raw]) -> list[str]:
+    """What each run was made on, with its groups where there were several runs."""
+    runs: dict[str, dict[str, None]] = {}
+    for each in results:
+        runs.setdefault(each["machine"], {})[each["group"]] = None
+    if len(runs) == 1:
+        return [f"{machine}." for machine in runs]
+    return ["In several runs:", "\n".join(f"* {machine}: {', '.join(groups)}." for machine, groups in runs.items())]
+
+
 def write(folder: Path, name: str, machine: Machine, results: Sequence[Result], remarks: Sequence[str]) -> str:
-    """Write the table and, beside it, the raw numbers and the charts; the table comes back."""
+    """Write the table and, beside it, the raw numbers and the charts; the table comes back.
+
+    Groups that an earlier run wrote there and this one did not measure stay as they are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    charts = {f"{name}-{chart.name}.svg": chart for result in results for chart in result.charts}
-    for file, chart in charts.items():
-        (folder / file).write_text(draw(chart))
-    page = table(machine, results, remarks, [f"![{chart.title}]({file})" for file, chart in charts.items()])
+    file = folder / f"{name}.json"
+    before: list[_Raw] = json.loads(file.read_text())["results"] if file.exists() else []
+    found = {(each["model"], each["group"]): each for each in before}
+    found |= {(each.model, each.name): each.raw() | {"machine": str(machine)} for each in results}
+    everything = list(found.values())
+    for each in results:
+        for chart in each.charts:
+            (folder / f"{name}-{chart.name}.svg").write_text(draw(chart))
+    charts = [f"![{chart['title']}]({name}-{chart['name']}.svg)" for each in everything for chart in each["charts"]]
+    page = table(everything, remarks, charts)
     (folder / f"{name}.md").write_text(page)
-    raw = {"machine": asdict(machine), "remarks": list(remarks), "results": [result.raw() for result in results]}
-    (folder / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")
+    file.write_text(json.dumps({"results": everything}, indent=1) + "\n")
     return page

@@ -28,6 +28,7 @@ _VLLM_ENVIRONMENT = {
 def ours(folder: Path, threads: int) -> AbstractContextManager[str]:
     """The address of our server."""
     flags = {"model": str(folder), "port": "{port}", "device": "cpu", "log-level": "error"}
+    flags["prompt-cache-bytes"] = "0"  # the rounds repeat their samples, which would be served from it
     command = [sys.executable, "-m", "densereward", "serve"] + [f"--{name}={value}" for name, value in flags.items()]
     return _running(command, "/ready", threads)
 

@@ -47,17 +47,34 @@ def vllm(work: Work) -> Group:
             contestants={},
             readings=lambda _: [Reading(title, [], goal=">= 1.2")],
         )
-    sequences = work.sequences(_traffic(work))
     theirs = work.resources.enter_context(servers.vllm(work.vllm_python, work.folder, work.threads))
-    ours = [[_as_ids(sequence)] for sequence in sequences]
-    calls = Callers(work.server, callers.token_rewards, ours, work.size.callers)
+
+    def ours_and_theirs(sequences: Sequence[ScoringInput]) -> tuple[Callers[Any], Callers[Any]]:
+        asked = [[_as_ids(sequence)] for sequence in sequences]
+        return (
+            Callers(work.server, callers.token_rewards, asked, work.size.callers),
+            Callers(theirs, callers.vllm_scores, sequences, work.size.callers),
+        )
+
+    size, sequences = work.size, work.sequences(_traffic(work))
+    calls, their_calls = ours_and_theirs(sequences)
+    grouped, their_grouped = ours_and_theirs(work.sequences(_grouped(work)))
     return Group(
         work=_described(work, sequences),
         contestants={
             "served, token rewards": calls,
-            "vLLM": Callers(theirs, callers.vllm_scores, sequences, work.size.callers),
+            "vLLM": their_calls,
+            "served, groups": grouped,
+            "vLLM, groups": their_grouped,
         },
-        figures=[Figure(title, "vLLM", "served, token rewards", ">= 1.2")],
+        figures=[
+            Figure(title, "vLLM", "served, token rewards", ">= 1.2"),
+            Figure(
+                f"{title}, {size.group} responses of {size.group_response} to each prompt of {size.group_prompt}",
+                "vLLM, groups",
+                "served, groups",
+            ),
+        ],
         rounds=work.size.rounds,
         notes=lambda: [
             f"{_share_of(calls)} The same ids to both, float32, the same number of threads, the other server idle "
@@ -129,6 +146,16 @@ def _traffic(work: Work) -> list[Sample]:
     return [work.sample(length // 4, length - length // 4, seed=10_000 + i) for i, length in enumerate(lengths)]
 
 
+def _grouped(work: Work) -> list[Sample]:
+    """As many samples in groups on one prompt, as GRPO has them; a group's calls come one after the other."""
+    size = work.size
+    samples = []
+    for i in range(size.callers * size.calls):
+        prompt = work.sample(size.group_prompt, 1, seed=20_000 + i // size.group).messages
+        samples.append(Sample(messages=prompt, response=work.sample(1, size.group_response, seed=20_000 + i).response))
+    return samples
+
+
 def _as_ids(sequence: ScoringInput) -> Sample:
     prompt = list(sequence.token_ids[: sequence.prompt_length])
     return Sample.model_validate({"prompt_token_ids": prompt, "response_token_ids": list(sequence.response_ids)})
@@ -147,7 +174,8 @@ def _messages(sample: Sample) -> list[dict[str, Any]]:
 
 def _described(work: Work, sequences: Sequence[ScoringInput]) -> str:
     tokens = sum(len(each.token_ids) for each in sequences)
-    return f"{len(sequences)} samples, {tokens} tokens, from {work.size.callers} callers with one sample a call"
+    asked = f"from {work.size.callers} callers with one sample a call"
+    return f"{len(sequences)} samples, {tokens} tokens, {asked}; the server keeps no prompts for the next round"
 
 
 def _share_of(calls: Callers[Any]) -> str:
