@@ -39,5 +39,5 @@ def test_every_row_of_a_table_can_be_imported(table: Table) -> None:
 
 
 def test_a_name_that_no_row_has_names_those_there_are() -> None:
-    with pytest.raises(KeyError, match="no method named 'magic'; there are red, abc"):
+    with pytest.raises(KeyError, match="no method named 'magic'; there are red, sentence"):
         METHODS["magic"]

@@ -98,9 +98,10 @@ def _sum_faults(name: str, rewards: NDArray[np.float32], item: SampleTokenReward
         return
     baseline = item.baseline.get(name, 0.0)
     total = float(rewards.sum(dtype=np.float64)) + baseline
-    scale = max(1.0, abs(item.reward), float(np.abs(rewards).sum(dtype=np.float64)))
-    if abs(total - item.reward) > _SUM_TOLERANCE * scale:
-        yield f"{name} and its baseline sum to {total:.6g} and not to the reward, {item.reward:.6g}"
+    reward = item.reward * (item.scale or {}).get(name, 1.0)
+    size = max(1.0, abs(reward), float(np.abs(rewards).sum(dtype=np.float64)))
+    if abs(total - reward) > _SUM_TOLERANCE * size:
+        yield f"{name} and its baseline sum to {total:.6g} and not to the reward, {reward:.6g}"
 
 
 def _mask_faults(name: str, rewards: NDArray[np.float32], sample: Sample) -> Iterator[str]:

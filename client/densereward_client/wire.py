@@ -32,6 +32,8 @@ __all__ = [
     "Include",
     "Message",
     "MethodAvailability",
+    "MethodDescription",
+    "MethodList",
     "MethodRequest",
     "ModelCard",
     "ModelList",
@@ -40,6 +42,7 @@ __all__ = [
     "Sample",
     "SampleReward",
     "SampleTokenRewards",
+    "Segment",
     "Timing",
     "TokenRewardsRequest",
     "TokenRewardsResponse",
@@ -203,13 +206,41 @@ class SampleReward(_Item):
     reward: FiniteFloat | None = None
 
 
+class Segment(_Answer):
+    """A stretch of the response, [start, end) in the tokens that the rewards are on."""
+
+    start: int
+    end: int
+    score: FiniteFloat
+    keep: bool | None = Field(None, description="Whether to learn from it; null where the method does not say.")
+
+
 class SampleTokenRewards(SampleReward):
-    """One sample of POST /token_rewards: sum(token_rewards[m]) + baseline[m] == reward."""
+    """One sample of POST /token_rewards: sum(token_rewards[m]) + baseline[m] == reward * scale[m].
+
+    The scale is 1 unless a method was asked to `normalize`.
+    """
 
     token_rewards: dict[str, FloatArray] = Field(default_factory=dict)
     baseline: dict[str, FiniteFloat] = Field(default_factory=dict, description="What the sum leaves out, per method.")
     attention_mass: dict[str, FiniteFloat] | None = Field(
         None, description="Per attention method: the share of the scoring token's row that fell on the response."
+    )
+    scale: dict[str, FiniteFloat] | None = Field(
+        None, description="Per method with `normalize`: what all of its numbers were multiplied by."
+    )
+    clipped: dict[str, FiniteFloat] | None = Field(
+        None, description="Per method with `clip`: what was cut off, summed; the baseline holds it."
+    )
+    passes: dict[str, int] | None = Field(
+        None, description="Per method that scores variants of the response: how many passes that took."
+    )
+    standard_error: dict[str, FiniteFloat] | None = Field(
+        None, description="Per method that samples: the largest of its values' standard errors."
+    )
+    segments: dict[str, list[Segment]] | None = Field(None, description="Per method that cuts segments.")
+    mask: dict[str, list[int]] | None = Field(
+        None, description="Per method whose segments say what to keep: 1 for the tokens to learn from."
     )
     tokens: list[str] | None = Field(None, description="The reward model's tokens of the response.")
     spans: list[tuple[int, int]] | None = Field(None, description="Their [start, end) in UTF-8 bytes of the response.")
@@ -261,8 +292,30 @@ class MethodAvailability(_Answer):
     """Whether a model can serve a method, at what cost, or why not."""
 
     available: bool
-    passes: int | None = None
+    passes: int | None = Field(None, description="null: it depends on the response.")
+    cost: str | None = None
     reason: str | None = None
+
+
+class MethodDescription(_Answer):
+    """What a method is; `parameters` maps each of its parameters to a JSON schema."""
+
+    name: str
+    title: str
+    source: str
+    equation: str
+    sum: str = Field(description="What the token rewards sum to, and what `baseline` holds.")
+    use: str
+    traps: str
+    cost: str
+    parameters: dict[str, dict[str, Any]]
+
+
+class MethodList(_Answer):
+    """Answer of GET /v1/methods."""
+
+    object: Literal["list"] = "list"
+    data: list[MethodDescription]
 
 
 class ModelCard(_Answer):

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from densereward.capture import Need, ScoringInput, Span, missing_closing
 from densereward.chat import ChatTemplate
+from densereward.cuts import Cuts
 from densereward.errors import InvalidRequest, ModelError, TooLong
-from densereward.methods.base import TrainerTokens
+from densereward.methods.base import Response
 from densereward.slots import Slots
 from densereward.tokens import Vocabulary
 from densereward_client.wire import Sample
@@ -29,16 +31,18 @@ class Aligned:
     Attributes:
         sequence: what the engine scores.
         slots: where the rewards go.
-        trainer_tokens: what the sample says of the trainer's tokens.
+        response: what methods may know of the response.
         spans: [start, end) of the reward model's tokens in the response's bytes; None where they cannot be known.
         warnings: `code: message` each.
+        variants: per method of the request, what else it needs to be scored.
     """
 
     sequence: ScoringInput
     slots: Slots
-    trainer_tokens: TrainerTokens
+    response: Response
     spans: list[Span] | None
     warnings: list[str]
+    variants: Sequence[Sequence[ScoringInput]] = ()
 
 
 @dataclass(slots=True)
@@ -72,6 +76,8 @@ class Aligner:
             self.closing_ids = self.vocabulary.suffix_ids
         else:
             self.closing_ids = self.vocabulary.encode(self.template.closing).ids
+        blank = self.vocabulary.encode(" ").ids
+        self._blank_id = blank[0] if len(blank) == 1 else None
         if outside := [token for token in self.closing_ids if token >= vocabulary_size]:
             raise ModelError(
                 f"the tokenizer closes a response with {outside}, and the model has {vocabulary_size} tokens; it is "
@@ -102,10 +108,26 @@ class Aligner:
             closing_ids=self.closing_ids,
             needs=needs,
         )
-        self._check_length(sequence)
+        self.check_length(sequence)
         slots = _slots(sample, len(text.response_ids))
-        weights = None if sample.weights is None else np.asarray(sample.weights, dtype=np.float64)
-        return Aligned(sequence, slots, TrainerTokens(slots.count, weights, sample.finished), text.spans, text.warnings)
+        return Aligned(sequence, slots, self._response(sample, text, slots), text.spans, text.warnings)
+
+    def _response(self, sample: Sample, text: _Text, slots: Slots) -> Response:
+        cuts = None
+        if text.spans is not None:
+            written = sample.response
+            read = partial(self.vocabulary.bytes_of, text.response_ids) if written is None else written.encode
+            cuts = Cuts(read, text.spans, slots.spans)
+        return Response(
+            length=len(text.response_ids),
+            count=slots.count,
+            ids=text.response_ids,
+            blank_id=self._blank_id,
+            weights=None if sample.weights is None else np.asarray(sample.weights, dtype=np.float64),
+            entropies=None if sample.token_entropies is None else np.asarray(sample.token_entropies, dtype=np.float64),
+            finished=sample.finished,
+            cuts=cuts,
+        )
 
     def _tokenize(self, sample: Sample) -> _Text:
         self._check_vocabulary(sample.prompt_token_ids or [])
@@ -178,7 +200,13 @@ class Aligner:
             )
         return notices
 
-    def _check_length(self, sequence: ScoringInput) -> None:
+    def check_length(self, sequence: ScoringInput) -> None:
+        """Refuse what cannot be scored.
+
+        Raises:
+            InvalidRequest: no token at all.
+            TooLong: more tokens than the model reads.
+        """
         if not sequence.token_ids:
             raise InvalidRequest("prompt and response hold no token, so there is nothing to score", code="empty_sample")
         if sequence.longest > self.max_length:

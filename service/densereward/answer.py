@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from densereward.align import Aligned
 from densereward.batcher import Scored
-from densereward.capture import Captured
+from densereward.capture import Captured, ScoringInput
 from densereward.errors import DenseRewardError
 from densereward.methods.base import Credit
 from densereward.plans import Plan
-from densereward.slots import place
+from densereward.slots import Placed, place, slot_boundaries
 from densereward.tokens import Vocabulary
 from densereward_client.wire import Sample, TokenRewardsRequest, encode_base64
 
@@ -25,10 +26,14 @@ Encode = Callable[[np.ndarray], Any]
 
 
 def envelope(
-    kind: str, items: list[dict[str, Any]], aligned: Sequence[Aligned], scored: Sequence[Scored], started: float
+    kind: str,
+    items: list[dict[str, Any]],
+    sequences: Sequence[ScoringInput],
+    variants: Sequence[ScoringInput],
+    scored: Sequence[Scored],
+    started: float,
 ) -> dict[str, Any]:
     """The part of an answer that is about the whole request; `started` by time.perf_counter."""
-    sequences = [each.sequence for each in aligned]
     return {
         "id": f"{'tr' if kind == 'token_rewards' else 'rw'}-{uuid.uuid4().hex}",
         "object": kind,
@@ -37,7 +42,7 @@ def envelope(
         "usage": {
             "prompt_tokens": sum(each.prompt_length for each in sequences),
             "response_tokens": sum(each.response_length for each in sequences),
-            "forward_tokens": sum(each.forward_tokens for each in sequences),
+            "forward_tokens": sum(each.forward_tokens for each in (*sequences, *variants)),
         },
         "timing": {
             "queue_ms": 1e3 * max((each.queue_seconds for each in scored), default=0.0),
@@ -63,6 +68,7 @@ def token_rewards_item(
     aligned: Aligned,
     captured: Captured,
     *,
+    variants: Sequence[Sequence[float]],
     plans: Sequence[Plan],
     request: TokenRewardsRequest,
     vocabulary: Vocabulary,
@@ -74,13 +80,20 @@ def token_rewards_item(
     """
     encode: Encode = encode_base64 if request.encoding_format == "base64" else np.ascontiguousarray
     item = reward_item(index, sample, aligned, captured) | {"token_rewards": {}, "baseline": {}}
-    for plan in plans:
-        credit = _credit(plan, aligned, captured)
-        rewards, baseline = place(credit, captured.reward, plan.params.beta, aligned.slots, aligned.spans)
-        item["token_rewards"][plan.key] = encode(rewards)
-        item["baseline"][plan.key] = baseline
-        if credit.attention_mass is not None:
-            item.setdefault("attention_mass", {})[plan.key] = credit.attention_mass
+    if "segments" in request.include:
+        item["segments"] = {}
+    for plan, scores in zip(plans, variants, strict=True):
+        credit = _credit(plan, aligned, replace(captured, variants=scores))
+        placed = place(credit, captured.reward, plan.params, aligned.slots, aligned.spans)
+        item["token_rewards"][plan.key] = encode(placed.rewards)
+        item["baseline"][plan.key] = placed.baseline
+        if len(scores):
+            item.setdefault("passes", {})[plan.key] = 1 + len(scores)
+        for name, value in _told(plan, credit, placed).items():
+            item.setdefault(name, {})[plan.key] = value
+        if "segments" in request.include:
+            for name, values in _segments(credit, aligned).items():
+                item.setdefault(name, {})[plan.key] = values
         item["warnings"] += [warning for warning in credit.warnings if warning not in item["warnings"]]
     return item | _included(request, aligned, captured, vocabulary, encode)
 
@@ -88,7 +101,7 @@ def token_rewards_item(
 def _credit(plan: Plan, aligned: Aligned, captured: Captured) -> Credit:
     """The method's credit; without a response token, all of R on the last slot."""
     if captured.length:
-        return plan.method.credit(captured, aligned.trainer_tokens, plan.params)
+        return plan.method.credit(captured, aligned.response, plan.params)
     rewards = np.zeros(aligned.slots.count)
     rewards[-1:] = captured.reward
     return Credit(
@@ -113,6 +126,35 @@ def _included(
         included |= {"prefix_scores": encode(prefixes.after), "prompt_score": prefixes.before}
     if "attention" in request.include:
         included["attention"] = encode(captured.attention_rows[-1])
-    if "segments" in request.include:
-        included["segments"] = {}  # no method served here cuts segments
     return included
+
+
+def _told(plan: Plan, credit: Credit, placed: Placed) -> dict[str, float]:
+    """What a method says beside its rewards."""
+    told = {}
+    if credit.attention_mass is not None:
+        told["attention_mass"] = credit.attention_mass
+    if credit.standard_error is not None:
+        told["standard_error"] = credit.standard_error * plan.params.beta * placed.scale
+    if plan.params.normalize is not None:
+        told["scale"] = placed.scale
+    if plan.params.clip is not None:
+        told["clipped"] = placed.clipped
+    return told
+
+
+def _segments(credit: Credit, aligned: Aligned) -> dict[str, list[Any]]:
+    """A method's segments on the trainer's tokens, and which of these to keep, as far as it says so."""
+    if not credit.segments:
+        return {}
+    stops = slot_boundaries([each.stop for each in credit.segments], aligned.slots, aligned.spans)
+    spans = list(zip([0, *stops[:-1]], stops, credit.segments, strict=True))
+    segments = [{"start": start, "end": stop, "score": each.score, "keep": each.keep} for start, stop, each in spans]
+    if any(each.keep is None for each in credit.segments):
+        return {"segments": segments}
+    kept = range(aligned.slots.count) if aligned.slots.kept is None else aligned.slots.kept
+    marked = [int(bool(each.keep)) for start, stop, each in spans for _ in range(start, stop)]
+    mask = [0] * aligned.slots.count
+    for slot in kept:
+        mask[slot] = marked[slot]
+    return {"segments": segments, "mask": mask}

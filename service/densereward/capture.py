@@ -21,10 +21,12 @@ __all__ = [
     "PREFIX_MODES",
     "AttentionRow",
     "Captured",
+    "Contributions",
     "Need",
     "PrefixMode",
     "PrefixScores",
     "Prefixes",
+    "ReceivedAttention",
     "ScoringInput",
     "Span",
     "missing_closing",
@@ -57,7 +59,28 @@ class AttentionRow:
     layer: int
 
 
-Need = PrefixScores | AttentionRow
+@dataclass(frozen=True, slots=True)
+class Contributions:
+    """What each token adds to the score through the scoring token's attention in one layer, or in all together.
+
+    Through its values, that is, weighted by the attention and carried on by the rest of the model as it is linear
+    around this sequence (`methods.contribution`). Layers count as for `AttentionRow`; None is all of them.
+    """
+
+    layer: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedAttention:
+    """The attention that each response token gets from all later ones, summed, in one layer, averaged over heads.
+
+    Layers count as for `AttentionRow`.
+    """
+
+    layer: int
+
+
+Need = PrefixScores | AttentionRow | Contributions | ReceivedAttention
 """One narrow thing an engine can keep from a forward pass; the sequence's score is always kept."""
 
 
@@ -106,6 +129,12 @@ class ScoringInput:
         """Tokens the model runs on, those of closed prefixes included, where no prompt is shared."""
         return len(self.token_ids) + len(self.closed_prefixes) * len(self.closing_ids)
 
+    def with_response(self, ids: Sequence[int], *, finished: bool) -> ScoringInput:
+        """Another response to the same prompt, of which only the score is needed."""
+        closing = missing_closing(ids, self.closing_ids) if finished else []
+        token_ids = [*self.token_ids[: self.prompt_length], *ids, *closing]
+        return ScoringInput(token_ids, self.prompt_length, len(ids), len(token_ids) - 1)
+
     @property
     def response_ids(self) -> Sequence[int]:
         """The response's tokens."""
@@ -151,9 +180,27 @@ class Captured:
         prefixes: per mode as it was asked for, the scores of the prefixes.
         attention_rows: per layer as it was asked for, what the scoring token's attention put on each response token;
             the rest of the row, up to its sum of 1, fell on the prompt and the closing tokens.
+        contributions: per layer as it was asked for, what each response token added to the score.
+        received_attention: per layer as it was asked for, what each response token got from later ones.
+        variants: for one method, the scores of the variants that it asked for (`methods.base.Method.variants`).
     """
 
     reward: float
     length: int
     prefixes: Mapping[PrefixMode, Prefixes] = field(default_factory=dict)
     attention_rows: Mapping[int, Float32[np.ndarray, " T"]] = field(default_factory=dict)
+    contributions: Mapping[int | None, Float32[np.ndarray, " T"]] = field(default_factory=dict)
+    received_attention: Mapping[int, Float32[np.ndarray, " T"]] = field(default_factory=dict)
+    variants: Sequence[float] = ()
+
+    @property
+    def arrays(self) -> list[Float32[np.ndarray, " _"]]:
+        """Everything that was kept beside the reward."""
+        kept = [each.values() for each in (self.attention_rows, self.contributions, self.received_attention)]
+        scores = [prefixes.after for prefixes in self.prefixes.values()]
+        before = [
+            np.array([prefixes.before], np.float32)
+            for prefixes in self.prefixes.values()
+            if prefixes.before is not None
+        ]
+        return [*scores, *before, *(row for rows in kept for row in rows)]

@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,12 @@ from densereward import __version__
 from densereward.align import Aligned, Aligner
 from densereward.answer import envelope, error_item, reward_item, token_rewards_item
 from densereward.batcher import Batcher, Scored
-from densereward.capture import PREFIX_MODES, Need, PrefixScores
+from densereward.capture import PREFIX_MODES, Captured, Need, PrefixScores, ScoringInput
 from densereward.engines.base import Engine
 from densereward.errors import DenseRewardError, EngineFailure
 from densereward.metrics import Metrics
 from densereward.plans import Plan, availability, boundaries_of, needs_of, plan
+from densereward.spread import Spread
 from densereward_client.wire import ModelCard, RewardsRequest, Sample, TokenRewardsRequest
 
 __all__ = ["Pipeline", "Scores", "Work"]
@@ -40,7 +42,16 @@ __all__ = ["Pipeline", "Scores", "Work"]
 Samples = Sequence[Sample | DenseRewardError]
 """A request's samples; an error stands where one could not even be read."""
 
-Scores = Sequence[Scored | DenseRewardError]
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the engine gave for a sample: its own pass, and per method the scores of its variants."""
+
+    scored: Scored
+    variants: Sequence[Sequence[float]]
+
+
+Scores = Sequence[Outcome | DenseRewardError]
 """What the engine gave for each sample; an error stands where one could not be scored."""
 
 
@@ -81,6 +92,7 @@ class Pipeline:
         self._aligner = aligner
         self._batcher = batcher
         self._metrics = metrics
+        self._spread = Spread()
         self.card = self._card()
         self.fingerprint = self._fingerprint()
 
@@ -126,8 +138,14 @@ class Pipeline:
         Raises:
             DenseRewardError: what could not be served, and what to do next.
         """
-        results = iter(await self._batcher.score([each.sequence for each in work.aligned if isinstance(each, Aligned)]))
-        return [next(results) if isinstance(part, Aligned) else part for part in work.aligned]
+        asked = [[each.sequence, *chain(*each.variants)] for each in work.aligned if isinstance(each, Aligned)]
+        results = iter(await self._batcher.score(list(chain(*asked))))
+        return [
+            _outcome(next(results), [list(islice(results, len(variants))) for variants in part.variants])
+            if isinstance(part, Aligned)
+            else part
+            for part in work.aligned
+        ]
 
     def answer(self, work: Work, scores: Scores) -> dict[str, Any]:
         """All that comes after the engine. Blocks; for a thread.
@@ -136,13 +154,26 @@ class Pipeline:
             EngineFailure: what the engine could not do.
         """
         scored = [self._checked(work, index, result) for index, result in enumerate(scores)]
+        served = [each.scored for each in scored if isinstance(each, Outcome)]
+        work = replace(work, plans=self._settled(work.plans, [each.captured for each in served]))
         items = [self._item(work, index, result) for index, result in enumerate(scored)]
         kind = "token_rewards" if isinstance(work.request, TokenRewardsRequest) else "rewards"
-        served = [each for each in scored if isinstance(each, Scored)]
-        aligned = [each for each in work.aligned if isinstance(each, Aligned)]
-        answer = envelope(kind, items, aligned, served, work.started)
+        sequences = [each.sequence for each in work.aligned if isinstance(each, Aligned)]
+        variants = [each for part in work.aligned if isinstance(part, Aligned) for each in chain(*part.variants)]
+        answer = envelope(kind, items, sequences, variants, served, work.started)
         self._metrics.scored(self.name, len(served), answer["usage"]["forward_tokens"])
         return answer | {"model": self.name, "fingerprint": self.fingerprint}
+
+    def _settled(self, plans: Sequence[Plan], captured: Sequence[Captured]) -> list[Plan]:
+        """The methods' parameters, with what only the samples and those before them tell."""
+        self._spread.add([each.reward for each in captured])
+        settled = []
+        for each in plans:
+            params = each.method.settle(captured, each.params)
+            if params.normalize == "running" and captured:
+                params = params.model_copy(update={"normalize": self._spread.deviation()})
+            settled.append(replace(each, params=params))
+        return settled
 
     def _align(
         self, request: RewardsRequest, samples: Samples, plans: Sequence[Plan], needs: frozenset[Need]
@@ -160,32 +191,41 @@ class Pipeline:
             raise sample
         aligned = self._aligner.align(sample, needs)
         for each in plans:
-            each.method.check(aligned.trainer_tokens)
-        boundaries = boundaries_of(plans, aligned.sequence.response_length)
-        if boundaries is None:
-            return aligned
-        return replace(aligned, sequence=replace(aligned.sequence, boundaries=boundaries))
+            each.method.check(aligned.response)
+        boundaries = boundaries_of(plans, aligned.response)
+        sequence = aligned.sequence if boundaries is None else replace(aligned.sequence, boundaries=boundaries)
+        return replace(aligned, sequence=sequence, variants=[self._variants(aligned, each) for each in plans])
 
-    def _checked(self, work: Work, index: int, result: Scored | DenseRewardError) -> Scored | DenseRewardError:
+    def _variants(self, aligned: Aligned, plan: Plan) -> list[ScoringInput]:
+        """What a method needs to be scored beside the response itself."""
+        response = aligned.response
+        asked = plan.method.variants(response, plan.params) if response.length else ()
+        variants = [aligned.sequence.with_response(ids, finished=response.finished) for ids in asked]
+        for each in variants:
+            self._aligner.check_length(each)
+        return variants
+
+    def _checked(self, work: Work, index: int, result: Outcome | DenseRewardError) -> Outcome | DenseRewardError:
         result = _finite(result)
         if isinstance(result, EngineFailure):
             return _in_its_place(result, index, work.samples[index], work.request)
         return result
 
-    def _item(self, work: Work, index: int, result: Scored | DenseRewardError) -> dict[str, Any]:
+    def _item(self, work: Work, index: int, result: Outcome | DenseRewardError) -> dict[str, Any]:
         sample, part = work.samples[index], work.aligned[index]
         if isinstance(result, DenseRewardError):
             return error_item(index, result)
         if not (isinstance(sample, Sample) and isinstance(part, Aligned)):
             raise TypeError(f"sample {index} was scored and never aligned")
         if not isinstance(work.request, TokenRewardsRequest):
-            return reward_item(index, sample, part, result.captured)
+            return reward_item(index, sample, part, result.scored.captured)
         try:
             return token_rewards_item(
                 index,
                 sample,
                 part,
-                result.captured,
+                result.scored.captured,
+                variants=result.variants,
                 plans=work.plans,
                 request=work.request,
                 vocabulary=self._aligner.vocabulary,
@@ -217,14 +257,27 @@ class Pipeline:
         return f"fp-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
 
 
-def _finite(result: Scored | DenseRewardError) -> Scored | DenseRewardError:
+def _outcome(
+    own: Scored | EngineFailure, variants: Sequence[Sequence[Scored | EngineFailure]]
+) -> Outcome | EngineFailure:
+    """The results of a sample and its variants; the first failure stands for all of it."""
+    if isinstance(own, EngineFailure):
+        return own
+    scores = []
+    for each in variants:
+        if failure := next((result for result in each if isinstance(result, EngineFailure)), None):
+            return failure
+        scores.append([result.captured.reward for result in each if isinstance(result, Scored)])
+    return Outcome(own, scores)
+
+
+def _finite(result: Outcome | DenseRewardError) -> Outcome | DenseRewardError:
     """A capture that holds a number that is not finite is a failure."""
     if isinstance(result, DenseRewardError):
         return result
-    captured = result.captured
-    arrays = [*captured.attention_rows.values(), *(prefixes.after for prefixes in captured.prefixes.values())]
-    numbers = (captured.reward, *(prefixes.before or 0.0 for prefixes in captured.prefixes.values()))
-    if all(map(math.isfinite, numbers)) and all(np.isfinite(array).all() for array in arrays):
+    captured = result.scored.captured
+    scores = [captured.reward, *chain(*result.variants)]
+    if all(map(math.isfinite, scores)) and all(np.isfinite(array).all() for array in captured.arrays):
         return result
     return EngineFailure("the model gave a number that is not finite", code="not_finite")
 

@@ -13,7 +13,8 @@ from densereward.capture import AttentionRow, Need, PrefixScores
 from densereward.engines.base import Engine
 from densereward.errors import InvalidRequest, MethodUnavailable
 from densereward.methods import METHODS
-from densereward.methods.base import Method, Params
+from densereward.methods.base import Method, Params, Response
+from densereward.methods.describe import describe
 from densereward_client.wire import MethodAvailability, MethodRequest, TokenRewardsRequest
 
 __all__ = ["Plan", "availability", "boundaries_of", "needs_of", "plan"]
@@ -73,11 +74,11 @@ def needs_of(plans: Sequence[Plan], request: TokenRewardsRequest, engine: Engine
     return frozenset(needs)
 
 
-def boundaries_of(plans: Sequence[Plan], length: int) -> list[int] | None:
-    """After how many of a response's `length` tokens any of the methods needs a closed prefix; None is after each."""
+def boundaries_of(plans: Sequence[Plan], response: Response) -> list[int] | None:
+    """After how many of a response's tokens any of the methods needs a closed prefix; None is after each."""
     closing = [each for each in plans if PrefixScores("closed") in each.method.needs(each.params)]
-    asked = [each.method.boundaries(length, each.params) for each in closing]
-    if not length or not asked or None in asked:
+    asked = [each.method.boundaries(response, each.params) for each in closing if response.length]
+    if not asked or None in asked:
         return None
     return sorted({boundary for boundaries in asked for boundary in boundaries or ()})
 
@@ -90,7 +91,7 @@ def availability(engine: Engine) -> dict[str, MethodAvailability]:
         if missing := method.needs(method.params_type()) - engine.provides:
             rows[name] = MethodAvailability(available=False, reason=f"the engine cannot give {_listed(missing)}")
         else:
-            rows[name] = MethodAvailability(available=True, passes=method.passes)
+            rows[name] = MethodAvailability(available=True, passes=method.passes, cost=describe(name).cost)
     return rows
 
 

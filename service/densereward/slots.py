@@ -1,4 +1,4 @@
-"""From the reward model's tokens to the trainer's: byte spans, the mix with the sparse reward, the mask.
+"""From the reward model's tokens to the trainer's: byte spans, the mix with the sparse reward, mask, scale and clip.
 
 Sums are kept in float64 and become float32 at the very end. A slot is one token of the trainer's: a span it sent, or
 the reward model's own token where it sent none. T tokens, L slots.
@@ -6,6 +6,7 @@ the reward model's own token where it sent none. T tokens, L slots.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,9 @@ from jaxtyping import Float32, Float64
 
 from densereward.capture import Span
 from densereward.errors import EngineFailure, InvalidRequest
-from densereward.methods.base import Credit
+from densereward.methods.base import Credit, Params
 
-__all__ = ["Slots", "place", "spread"]
+__all__ = ["Placed", "Slots", "place", "slot_boundaries", "spread"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,26 +39,41 @@ class Slots:
             raise InvalidRequest("response_mask keeps no token, so the reward has nowhere to go", code="empty_mask")
 
 
-def place(
-    credit: Credit, reward: float, beta: float, slots: Slots, token_spans: Sequence[Span] | None
-) -> tuple[Float32[np.ndarray, " L"], float]:
-    """A method's dense rewards on the trainer's slots, mixed with the sparse reward, masked.
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Rewards where the trainer wants them: sum(rewards) + baseline == scale * R.
+
+    Attributes:
+        rewards: one a slot.
+        baseline: what their sum leaves out, what was clipped with it; without a slot, all of it.
+        scale: what everything was multiplied by.
+        clipped: what was cut off, summed with its signs.
+    """
+
+    rewards: Float32[np.ndarray, " L"]
+    baseline: float
+    scale: float = 1.0
+    clipped: float = 0.0
+
+
+def place(credit: Credit, reward: float, params: Params, slots: Slots, token_spans: Sequence[Span] | None) -> Placed:
+    """A method's dense rewards on the trainer's slots: mixed with the sparse reward, masked, scaled, clipped.
 
     Args:
         credit: dense rewards on tokens or slots.
         reward: R.
-        beta: share of the dense rewards.
+        params: the method's, settled: `normalize` is a number or None.
         slots: where the rewards go.
         token_spans: the reward model's tokens in the response; needed where the trainer sent spans.
-
-    Returns:
-        The rewards, and the baseline that their sum leaves out; without a slot that is all of R.
 
     Raises:
         EngineFailure: a reward is not finite, or the sum is not what it must be.
     """
+    if params.normalize == "running":
+        raise ValueError("the parameters were not settled")
+    scale, beta = 1.0 / (params.normalize or 1.0), params.beta
     if not slots.count:
-        return np.zeros(0, np.float32), reward
+        return Placed(np.zeros(0, np.float32), scale * reward, scale)
     dense = credit.rewards
     if credit.on == "tokens" and slots.spans is not None:
         if token_spans is None:
@@ -67,9 +83,23 @@ def place(
     mixed[-1] += (1.0 - beta) * reward
     if slots.kept is not None:
         mixed = _move_to_kept(mixed, slots.kept)
-    baseline = beta * credit.baseline
-    _check(mixed, baseline, reward)
-    return mixed.astype(np.float32), baseline
+    placed = scale * mixed
+    clipped = 0.0
+    if params.clip is not None:
+        within = placed.clip(-params.clip, params.clip)
+        placed, clipped = within, float((placed - within).sum())
+    baseline = scale * beta * credit.baseline + clipped
+    _check(placed, baseline, scale * reward)
+    return Placed(placed.astype(np.float32), baseline, scale, clipped)
+
+
+def slot_boundaries(boundaries: Sequence[int], slots: Slots, token_spans: Sequence[Span] | None) -> list[int]:
+    """Slots before each boundary between the reward model's tokens; one that lies across it is before it."""
+    if slots.spans is None or token_spans is None:
+        return list(boundaries)
+    starts = [start for start, _ in slots.spans]
+    ends = [0, *(stop for _, stop in token_spans)]
+    return [slots.count if each == len(token_spans) else bisect_left(starts, ends[each]) for each in boundaries]
 
 
 def spread(

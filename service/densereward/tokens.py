@@ -120,6 +120,10 @@ class Vocabulary:
         pieces = self._pieces(token_ids)
         return None if pieces is None else _consecutive(list(map(len, pieces)))
 
+    def bytes_of(self, token_ids: Sequence[int]) -> bytes:
+        """What ids write; nothing where that cannot be known."""
+        return b"".join(self._pieces(token_ids) or [])
+
     def _pieces(self, token_ids: Sequence[int]) -> list[bytes] | None:
         """The bytes of each token, or None where those of one cannot be known."""
         pieces = list(map(self._known.get, token_ids))

@@ -14,7 +14,7 @@ from densereward.capture import AttentionRow, Captured, Need, PrefixMode, Prefix
 from densereward.cost import Bill, price
 from densereward.engines.base import Engine, EngineFacts
 from densereward.methods import METHODS
-from densereward.methods.base import TrainerTokens
+from densereward.methods.base import Response
 from tests.benchmarks.harness import Numbers
 
 _ALL_NEEDS: frozenset[Need] = frozenset([PrefixScores(), AttentionRow(-1)])
@@ -80,7 +80,7 @@ def _prefix_scores(captured: Captured, mode: PrefixMode = "open") -> np.ndarray[
 
 def _credit(name: str, captured: Captured) -> np.ndarray[Any, np.dtype[np.float64]]:
     method = METHODS[name]()
-    credit = method.credit(captured, TrainerTokens(captured.length), method.params_type())
+    credit = method.credit(captured, Response(captured.length, captured.length), method.params_type())
     return np.asarray(credit.rewards, dtype=np.float64)
 
 

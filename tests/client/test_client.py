@@ -307,8 +307,8 @@ def test_a_page_that_calls_itself_a_success_is_no_answer(client: Client, server:
 
 
 def test_fields_that_this_client_does_not_know_are_kept(client: Client, server: ScriptedServer) -> None:
-    server.will_answer_but(_set(0, "segments", [{"start": 0}]))
-    assert (client.token_rewards(SAMPLES).data[0].model_extra or {})["segments"] == [{"start": 0}]
+    server.will_answer_but(_set(0, "novelty", [{"start": 0}]))
+    assert (client.token_rewards(SAMPLES).data[0].model_extra or {})["novelty"] == [{"start": 0}]
 
 
 # --- trying again -------------------------------------------------------------------------------------------------

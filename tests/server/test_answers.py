@@ -10,6 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from densereward import __version__
+from densereward.methods import METHODS
 from densereward_client.wire import ModelList
 from serving import Api, Json, Server
 
@@ -81,6 +82,9 @@ def test_models_tells_what_is_served_and_how_it_reads_text(server: Server) -> No
     [card] = answer["data"]
     fingerprints = {name: card.pop(name) for name in ("tokenizer_fingerprint", "template_fingerprint")}
     assert all(len(value) == 64 and set(value) <= set("0123456789abcdef") for value in fingerprints.values())
+    costs = {name: method.pop("cost") for name, method in card["methods"].items()}
+    assert costs["red"].startswith("One forward pass")
+    several = {"occlusion", "shapley"}
     assert card == {
         "id": "tiny",
         "object": "model",
@@ -93,8 +97,7 @@ def test_models_tells_what_is_served_and_how_it_reads_text(server: Server) -> No
         "adds_bos": False,
         "prefix_modes": ["open", "closed"],
         "methods": {
-            name: {"available": True, "passes": 1, "reason": None}
-            for name in ("red", "abc", "uniform", "sparse", "weights")
+            name: {"available": True, "passes": None if name in several else 1, "reason": None} for name in METHODS
         },
     }
 
@@ -141,7 +144,15 @@ def test_docs_show_the_openapi_document(http: httpx.Client, openapi: Json) -> No
     assert page.headers["Content-Type"].startswith("text/html")
     assert "/openapi.json" in page.text
     assert openapi["info"]["version"] == __version__
-    assert openapi["paths"].keys() == {"/token_rewards", "/rewards", "/v1/models", "/health", "/ready", "/metrics"}
+    assert openapi["paths"].keys() == {
+        "/token_rewards",
+        "/rewards",
+        "/v1/methods",
+        "/v1/models",
+        "/health",
+        "/ready",
+        "/metrics",
+    }
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 
-from serving import STEP, Api, Json
+from densereward.methods import METHODS
+from serving import STEP, Api, Json, Server
 
-SAMPLE = {"prompt_token_ids": [5, 6, 7], "response_token_ids": [10, 11, 12, 13]}
-NAMES = "red, abc, uniform, sparse, weights"
+SAMPLE: Json = {"prompt_token_ids": [5, 6, 7], "response_token_ids": [10, 11, 12, 13]}
+NAMES = ", ".join(METHODS)
+TEXT: Json = {"prompt": "Well?\n", "response": "The dog is lazy. The fox is quick! Thank you"}
 
 
 def rewards(item: Json, method: str) -> Any:
@@ -159,6 +162,120 @@ def test_base64_carries_the_same_numbers_as_lists(api: Api) -> None:
 def test_methods_that_cannot_be_served_are_refused(api: Api, methods: Any, code: str, message: str) -> None:
     expected = {"code": code, "message": message, "details": {"field": "methods"}}
     assert api.refusal([SAMPLE], methods=methods) == (422, expected)
+
+
+def test_sentences_carry_the_sum_of_reds_rewards_over_them(api: Api) -> None:
+    item = api.item(TEXT, methods=["red", "sentence"], include=["segments", "spans"])
+    red, segments = item["token_rewards"]["red"], item["segments"]["sentence"]
+    assert [TEXT["response"].encode()[: item["spans"][each["end"] - 1][1]].decode()[-1] for each in segments] == list(
+        ".!u"
+    )
+    for each in segments:
+        steps = red[each["start"] : each["end"]]
+        assert each["score"] == pytest.approx(sum(steps), abs=STEP)
+        shares = item["token_rewards"]["sentence"][each["start"] : each["end"]]
+        assert shares == pytest.approx([sum(steps) / len(steps)] * len(steps), abs=STEP)
+    assert item["baseline"]["sentence"] == item["baseline"]["red"]
+
+
+def test_closed_sentences_score_the_response_cut_after_each(api: Api) -> None:
+    cuts = ["", "The dog is lazy.", "The dog is lazy. The fox is quick!", TEXT["response"]]
+    scores = [item["reward"] for item in api.items([TEXT | {"response": cut} for cut in cuts], "/rewards")]
+    item = api.item(TEXT, methods=[{"name": "sentence", "prefix_mode": "closed"}], include=["segments"])
+    assert [each["score"] for each in item["segments"]["sentence"]] == pytest.approx(np.diff(scores).tolist(), abs=STEP)
+
+
+def test_messages_give_a_mask_on_the_trainers_own_tokens(api: Api) -> None:
+    spans = [[0, 3], [3, 16], [16, 34], [34, 44]]
+    trainer_mask = [1, 1, 0, 1]
+    sample = TEXT | {"response_spans": spans, "response_mask": trainer_mask}
+    threshold = api.item(TEXT, "/rewards")["reward"] - 0.01
+    asked = {"name": "message", "threshold": threshold}
+    item = api.item(sample, methods=[asked], include=["segments"])
+    segments = item["segments"]["message"]
+    assert [segments[0]["start"], segments[-1]["end"]] == [0, 4]
+    assert all(first["end"] == second["start"] for first, second in itertools.pairwise(segments))
+    kept = [each["keep"] for each in segments for _ in range(each["start"], each["end"])]
+    assert item["mask"]["message"] == [int(keep and mask) for keep, mask in zip(kept, trainer_mask, strict=True)]
+
+
+def test_entropies_cut_segments(api: Api) -> None:
+    sample = SAMPLE | {"token_entropies": [0.1, 3.0, 0.2, 0.1]}
+    item = api.item(sample, methods=["segment"], include=["segments", "prefix_scores"])
+    values = [item["prefix_scores"][0], item["reward"]]
+    assert item["token_rewards"]["segment"] == pytest.approx([values[0], *[values[1] / 3] * 3], abs=STEP)
+    assert [each["score"] for each in item["segments"]["segment"]] == pytest.approx(values, abs=STEP)
+
+
+def test_contributions_and_what_they_leave_out_are_the_reward(api: Api) -> None:
+    item = api.item(TEXT, methods=["contribution", {"name": "contribution", "rescale": True, "label": "all of it"}])
+    rewards = item["token_rewards"]
+    assert min(rewards["contribution"]) < 0 < max(rewards["contribution"])
+    assert sum(rewards["contribution"]) + item["baseline"]["contribution"] == pytest.approx(item["reward"], abs=STEP)
+    assert sum(rewards["all of it"]) == pytest.approx(item["reward"], abs=STEP)
+    assert item["baseline"]["all of it"] == 0
+
+
+@pytest.mark.parametrize("absent", ["remove", "blank"])
+def test_occlusion_scores_the_response_without_each_sentence(api: Api, absent: str) -> None:
+    asked = {"name": "occlusion", "unit": "sentence", "absent": absent}
+    item = api.item(TEXT, methods=[asked, "red"], include=["segments"])
+    assert item["passes"] == {"occlusion": 4}
+    values = [each["score"] for each in item["segments"]["occlusion"]]
+    if absent == "remove":
+        without = [" The fox is quick! Thank you", "The dog is lazy. Thank you", "The dog is lazy. The fox is quick!"]
+        scores = [each["reward"] for each in api.items([TEXT | {"response": text} for text in without], "/rewards")]
+        assert values == pytest.approx([item["reward"] - score for score in scores], abs=STEP)
+    assert sum(item["token_rewards"]["occlusion"]) == pytest.approx(sum(values), abs=STEP)
+
+
+def test_shapley_values_sum_to_what_the_response_adds_to_an_empty_one(api: Api) -> None:
+    empty = api.item(TEXT | {"response": ""}, "/rewards")["reward"]
+    exact, drawn = {"name": "shapley", "unit": "sentence"}, {"name": "shapley", "label": "words"}
+    answer = api.answer([TEXT], methods=[exact, drawn])
+    [item] = answer["data"]
+    for name in ("shapley", "words"):
+        assert sum(item["token_rewards"][name]) == pytest.approx(item["reward"] - empty, abs=STEP)
+        assert item["baseline"][name] == pytest.approx(empty, abs=STEP)
+    assert item["passes"]["shapley"] == 8
+    assert 8 < item["passes"]["words"] <= 1 + 2 * 4 * 9
+    assert item["standard_error"].keys() == {"words"}
+    assert answer["usage"]["forward_tokens"] > sum(item["passes"].values())
+
+
+def test_a_response_with_too_many_units_is_refused_in_its_place(api: Api) -> None:
+    long = TEXT | {"response": "a " * 600}
+    first, second = api.items([TEXT, long], methods=["occlusion"], on_error="item")
+    assert "error" not in first
+    assert second["error"]["code"] == "too_many_units"
+
+
+def test_everything_can_be_divided_by_the_spread_of_the_rewards_so_far(api: Api) -> None:
+    samples = [SAMPLE | {"response_token_ids": [10 + i, 11, 12]} for i in range(20)]
+    given = {"name": "red", "normalize": 2.5}
+    running = {"name": "red", "normalize": "running", "label": "running"}
+    [item, *_] = api.items(samples, methods=["sparse", given, running])
+    assert item["scale"]["red"] == 0.4
+    assert item["scale"]["running"] > 0
+    for name, scale in item["scale"].items():
+        total = sum(item["token_rewards"][name]) + item["baseline"][name]
+        assert total == pytest.approx(scale * item["reward"], abs=STEP)
+
+
+def test_what_is_clipped_is_told(api: Api) -> None:
+    item = api.item(SAMPLE, methods=["red", {"name": "red", "clip": 0.01, "label": "clipped"}])
+    red, clipped = (np.array(item["token_rewards"][name]) for name in ("red", "clipped"))
+    np.testing.assert_allclose(clipped, red.clip(-0.01, 0.01), atol=1e-7)
+    assert item["clipped"] == {"clipped": pytest.approx((red - clipped).sum(), abs=STEP)}
+    assert item["baseline"]["clipped"] == pytest.approx(item["baseline"]["red"] + item["clipped"]["clipped"], abs=STEP)
+
+
+def test_the_methods_are_told(server: Server) -> None:
+    listed = server.get("/v1/methods").json()
+    assert [each["name"] for each in listed["data"]] == list(METHODS)
+    red = listed["data"][0]
+    assert "2411.08302" in red["source"]
+    assert red["parameters"]["stride"]["default"] == 1
 
 
 def test_a_layer_that_is_not_there_is_refused_and_what_would_work_is_named(api: Api) -> None:

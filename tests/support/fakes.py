@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixScores, ScoringInput
+from densereward.capture import (
+    AttentionRow,
+    Captured,
+    Contributions,
+    Need,
+    Prefixes,
+    PrefixScores,
+    ReceivedAttention,
+    ScoringInput,
+)
 from densereward.engines.base import EngineFacts
 
 FACTS = EngineFacts(
@@ -46,9 +56,9 @@ class FakeEngine:
 
     @property
     def provides(self) -> frozenset[Need]:
-        return frozenset(
-            [PrefixScores("open"), PrefixScores("closed"), *(AttentionRow(layer) for layer in range(-2, 2))]
-        )
+        kinds = (AttentionRow, Contributions, ReceivedAttention)
+        in_layers = (kind(layer) for kind in kinds for layer in range(-2, 2))
+        return frozenset([PrefixScores("open"), PrefixScores("closed"), Contributions(), *in_layers])
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         self.started.set()
@@ -79,9 +89,12 @@ class FakeEngine:
                 for need in each.needs
                 if isinstance(need, PrefixScores)
             },
-            attention_rows={
-                need.layer: np.full(length, 0.5 / max(length, 1), np.float32)
-                for need in each.needs
-                if isinstance(need, AttentionRow)
-            },
+            attention_rows=FakeEngine._even(each, AttentionRow),
+            contributions=FakeEngine._even(each, Contributions),
+            received_attention=FakeEngine._even(each, ReceivedAttention),
         )
+
+    @staticmethod
+    def _even(each: ScoringInput, kind: type[Any]) -> dict[Any, np.ndarray]:
+        row = np.full(each.response_length, 0.5 / max(each.response_length, 1), np.float32)
+        return {need.layer: row for need in each.needs if isinstance(need, kind)}

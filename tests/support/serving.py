@@ -174,7 +174,8 @@ def answer(response: httpx.Response) -> Json:
         return content
     for item in TokenRewardsResponse.model_validate_json(response.content).data:
         for method, rewards in item.token_rewards.items():
-            off = float(rewards.sum(dtype="f8")) + item.baseline[method] - (item.reward or 0.0)
+            expected = (item.reward or 0.0) * (item.scale or {}).get(method, 1.0)
+            off = float(rewards.sum(dtype="f8")) + item.baseline[method] - expected
             assert abs(off) < 1e-5 * max(1.0, float(abs(rewards).sum())), (item.index, method)
     return content
 

@@ -1,25 +1,31 @@
-"""`abc`: Attention Based Credit. "Dense Reward for Free in RLHF", Chan et al., ICML 2024, arXiv 2402.00782.
+"""`abc`: the scoring token's attention on each response token, as its share of R (Attention Based Credit).
 
-    r_t = beta * a_t * R + (1 - beta) * R * [t = T]
+Source: Chan et al., "Dense Reward for Free in RLHF", ICML 2024, arXiv 2402.00782.
+
+Equation:
+    r_t = a_t / sum(a) * R
 
 a is the attention of the last layer, averaged over heads, of the token the score is read from; the prompt's columns
-(and the closing tokens') are dropped and the rest is renormalised to sum 1. The sum of r is R. The paper's
-experiments have beta = 0.8.
+and the closing tokens' are dropped.
 
-Two things to know. Where R < 0 the most attended tokens are punished most, whatever they say: the weights carry no
-sign (`red` does). And early tokens are attention sinks: `attention_mass` reports how much of the row fell on the
-response at all; below `MASS_FLOOR` the weights are noise, and R is shared out evenly with a warning.
+Sum: R.
+
+Use: Long responses, where any dense reward helps; compare with `uniform`, which gets much of the gain there. The
+paper's experiments have beta = 0.8, the default here.
+
+Traps: The weights carry no sign, so where R < 0 the most attended tokens are punished most, whatever they say (`red`
+and `contribution` are signed). Early tokens are attention sinks: `attention_mass` reports how much of the row fell on
+the response at all; below 1e-4 the weights are noise, and R is shared out evenly with a warning.
+
+Cost: One forward pass; the row itself is not measurable.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 import numpy as np
-from pydantic import Field
 
 from densereward.capture import AttentionRow, Captured, Need
-from densereward.methods.base import Beta, Credit, Method, Params, TrainerTokens, proportional
+from densereward.methods.base import Beta, Credit, Layers, Method, Params, Response, layer_numbers, proportional
 
 __all__ = ["MASS_FLOOR", "AbcParams", "AttentionBasedCredit"]
 
@@ -34,12 +40,7 @@ class AbcParams(Params):
     """
 
     beta: Beta = 0.8
-    layers: Literal["last"] | Annotated[list[int], Field(min_length=1)] = "last"
-
-    @property
-    def layer_numbers(self) -> list[int]:
-        """The layers as numbers."""
-        return [-1] if self.layers == "last" else self.layers
+    layers: Layers = "last"
 
 
 class AttentionBasedCredit(Method[AbcParams]):
@@ -49,11 +50,11 @@ class AttentionBasedCredit(Method[AbcParams]):
 
     def needs(self, params: AbcParams) -> frozenset[Need]:
         """The scored row of each layer asked for."""
-        return frozenset(AttentionRow(layer) for layer in params.layer_numbers)
+        return frozenset(AttentionRow(layer) for layer in layer_numbers(params.layers))
 
-    def credit(self, captured: Captured, tokens: TrainerTokens, params: AbcParams) -> Credit:
+    def credit(self, captured: Captured, response: Response, params: AbcParams) -> Credit:
         """a_t * R for t = 1..T."""
-        rows = [captured.attention_rows[layer] for layer in params.layer_numbers]
+        rows = [captured.attention_rows[layer] for layer in layer_numbers(params.layers)]
         row = np.stack(rows).astype(np.float64).mean(axis=0)
         mass = float(row.sum())
         if mass >= MASS_FLOOR:

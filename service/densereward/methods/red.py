@@ -1,19 +1,25 @@
-"""`red`: Reward rEDistribution. Li et al., EMNLP 2025, arXiv 2411.08302 (first version: R3HF).
+"""`red`: differences of prefix scores (Reward rEDistribution, first called R3HF).
 
-    d_t = s_t - s_(t-1)                                (Eq. 6)
-    r_t = beta * d_t + (1 - beta) * R * [t = T]        (Eq. 7; the second part is common to all methods)
+Source: Li et al., EMNLP 2025, arXiv 2411.08302, Eq. 6 and 7.
+
+Equation:
+    r_t = s_t - s_(t-1)
 
 s_t is the score of the prefix of t response tokens, s_0 the score before the response. Where closing tokens follow
-the response, the last token takes the step up to the score at the closing token, so the steps telescope to R - s_0:
-potential-based shaping with gamma = 1 and potential s, which leaves the optimal policy unchanged.
+the response, the last token takes the step up to the score at the closing token. The paper is not of one mind about
+s_0, so `first_token` says what becomes of it: "subtract" is Eq. 6 as it stands; "zero" gives the first token 0, as its
+Fig. 4 has it; "fold" gives the first token s_1.
 
-The paper is not of one mind about s_0, so `first_token` says what becomes of it:
+Sum: R - s_0, and `baseline` is s_0 ("subtract"); R - s_1 ("zero"); R ("fold").
 
-    subtract   Eq. 6 as it stands: the sum is R - s_0 and `baseline` is s_0
-    zero       Fig. 4: the first token gets 0; `baseline` is s_1
-    fold       the first token gets s_1: the sum is R
+Use: The default. The steps carry a sign and telescope: potential-based shaping with gamma = 1 and potential s, which
+leaves the optimal policy unchanged. The paper's Table 7 has beta = 1 everywhere but for LLaMA3 on TL;DR (0.5).
 
-Table 7 has beta = 1 everywhere but LLaMA3 on TL;DR (0.5).
+Traps: A model that reads its score at closing tokens was never trained to score an open prefix; prefix_mode "closed"
+scores each prefix as if the response ended there. Never subtract a sequence's baseline (RLOO, GRPO) from token
+rewards: add alpha * (r_t - mean r) to the sequence's advantage instead.
+
+Cost: One forward pass. With prefix_mode "closed", the closing tokens once for every token, or for every `stride`.
 """
 
 from __future__ import annotations
@@ -25,7 +31,8 @@ import numpy as np
 from pydantic import PositiveInt
 
 from densereward.capture import Captured, Need, PrefixMode, PrefixScores
-from densereward.methods.base import Credit, Method, Params, TrainerTokens
+from densereward.methods.base import Credit, Method, Params, Response
+from densereward.methods.prefixes import scores_at
 
 __all__ = ["Red", "RedParams"]
 
@@ -55,26 +62,19 @@ class Red(Method[RedParams]):
         """The score at every prefix."""
         return frozenset([PrefixScores(params.prefix_mode)])
 
-    def boundaries(self, length: int, params: RedParams) -> Sequence[int] | None:
+    def boundaries(self, response: Response, params: RedParams) -> Sequence[int] | None:
         """Every `stride` tokens, and the end."""
-        return None if params.stride == 1 else _every(params.stride, length)
+        return None if params.stride == 1 else _every(params.stride, response.length)
 
-    def credit(self, captured: Captured, tokens: TrainerTokens, params: RedParams) -> Credit:
+    def credit(self, captured: Captured, response: Response, params: RedParams) -> Credit:
         """r_t for t = 1..T; Eq. 6."""
-        warnings: list[str] = []
-        prefixes = captured.prefixes[params.prefix_mode]
-        before = prefixes.before
-        if before is None and params.first_token == "subtract":
-            warnings.append("no_prompt_score: the prompt is empty and has no score to subtract; s_0 = 0 was used")
-        if params.prefix_mode == "closed" and not tokens.finished:
-            warnings.append("unfinished: the response's own score is read open, as it was cut, its prefixes' closed")
         boundaries = _every(params.stride, captured.length)
-        scores = prefixes.at(boundaries).astype(np.float64)
-        scores[-1] = captured.reward  # the last prefix is the whole response, whose score is read at the closing token
-        first = {"subtract": before or 0.0, "zero": float(scores[0]), "fold": 0.0}[params.first_token]
+        scores = scores_at(captured, response, params.prefix_mode, boundaries)
+        first = {"subtract": scores.before, "zero": float(scores.after[0]), "fold": 0.0}[params.first_token]
         rewards = np.zeros(captured.length)
-        rewards[np.asarray(boundaries) - 1] = np.diff(scores, prepend=first)
-        return Credit(rewards, baseline=first, warnings=tuple(warnings))
+        rewards[np.asarray(boundaries) - 1] = np.diff(scores.after, prepend=first)
+        warnings = scores.no_prompt if params.first_token == "subtract" else ()
+        return Credit(rewards, baseline=first, warnings=warnings + scores.warnings)
 
 
 def _every(stride: int, length: int) -> list[int]:

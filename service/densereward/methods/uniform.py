@@ -1,7 +1,17 @@
-"""`uniform`: R / L on each of the trainer's L tokens.
+"""`uniform`: the same reward on each of the trainer's tokens.
 
-The control of Chan et al. (arXiv 2402.00782): on long responses it brings much of the gain of any dense reward, so
-every comparison should carry it.
+Source: The control of Chan et al., arXiv 2402.00782.
+
+Equation:
+    r_t = R / L
+
+Sum: R.
+
+Use: As the control: on long responses it brings much of the gain of any dense reward, so every comparison carries it.
+
+Traps: It says nothing about which tokens earned the reward.
+
+Cost: One forward pass, of which only the score is kept.
 """
 
 from __future__ import annotations
@@ -9,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from densereward.capture import Captured
-from densereward.methods.base import Credit, Method, Params, TrainerTokens
+from densereward.methods.base import Credit, Method, Params, Response
 
 __all__ = ["Uniform"]
 
@@ -17,6 +27,6 @@ __all__ = ["Uniform"]
 class Uniform(Method[Params]):
     """The same reward for every token."""
 
-    def credit(self, captured: Captured, tokens: TrainerTokens, params: Params) -> Credit:
+    def credit(self, captured: Captured, response: Response, params: Params) -> Credit:
         """R / L, L times."""
-        return Credit(np.full(tokens.count, captured.reward / tokens.count), on="slots")
+        return Credit(np.full(response.count, captured.reward / response.count), on="slots")

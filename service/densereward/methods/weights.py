@@ -1,15 +1,24 @@
-"""`weights`: R shared out in proportion to the trainer's own weights, one for each of its tokens.
+"""`weights`: R in proportion to the trainer's own weights, one for each of its tokens.
 
-The policy's attention, for one, which makes it ABC-D of Chan et al. (arXiv 2402.00782): a reward model cannot see it.
+Source: ABC-D of Chan et al., arXiv 2402.00782, where the weights are the policy's attention.
 
-    r_t = beta * w_t / sum(w) * R + (1 - beta) * R * [t = T]
+Equation:
+    r_t = w_t / sum(w) * R
+
+Sum: R.
+
+Use: With weights that the reward model cannot see: the policy's attention, its entropies, an annotator's marks.
+
+Traps: Weights must be finite and not negative, and not all zero; they are the trainer's own tokens', one each.
+
+Cost: One forward pass, of which only the score is kept.
 """
 
 from __future__ import annotations
 
 from densereward.capture import Captured
 from densereward.errors import InvalidRequest
-from densereward.methods.base import Credit, Method, Params, TrainerTokens, proportional
+from densereward.methods.base import Credit, Method, Params, Response, proportional
 
 __all__ = ["Weights"]
 
@@ -17,16 +26,16 @@ __all__ = ["Weights"]
 class Weights(Method[Params]):
     """The trainer's weights, normalised."""
 
-    def check(self, tokens: TrainerTokens) -> None:
+    def check(self, response: Response) -> None:
         """The sample brings weights that can be normalised."""
-        if tokens.weights is None:
+        if response.weights is None:
             raise InvalidRequest(
                 "the method weights needs the sample's `weights`, one per token", code="missing_weights"
             )
-        proportional(tokens.weights, 1.0)
+        proportional(response.weights, 1.0)
 
-    def credit(self, captured: Captured, tokens: TrainerTokens, params: Params) -> Credit:
+    def credit(self, captured: Captured, response: Response, params: Params) -> Credit:
         """w_t / sum(w) * R."""
-        if tokens.weights is None:
+        if response.weights is None:
             raise ValueError("weights were not checked")
-        return Credit(proportional(tokens.weights, captured.reward), on="slots")
+        return Credit(proportional(response.weights, captured.reward), on="slots")

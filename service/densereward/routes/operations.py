@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
+from densereward.methods import METHODS
+from densereward.methods.describe import describe
 from densereward.service import Service
-from densereward_client.wire import ErrorBody, ModelList
+from densereward_client.wire import ErrorBody, MethodList, ModelList
 
 __all__ = ["router"]
 
@@ -17,6 +19,12 @@ async def models(request: Request) -> ModelList:
     """The models served, how each reads text, and which methods it can serve."""
     service: Service = request.app.state.service
     return ModelList(data=[service.pipeline.card])
+
+
+@router.get("/v1/methods")
+async def methods() -> MethodList:
+    """Every method: where it is from, its equation, what it sums to, when to use it, its traps, cost, parameters."""
+    return MethodList(data=[describe(name) for name in METHODS])
 
 
 @router.get("/health")

@@ -16,7 +16,16 @@ from transformers import AutoModelForSequenceClassification, Qwen2MoeConfig
 
 import reference
 import tiny
-from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixScores, ScoringInput
+from densereward.capture import (
+    AttentionRow,
+    Captured,
+    Contributions,
+    Need,
+    Prefixes,
+    PrefixScores,
+    ReceivedAttention,
+    ScoringInput,
+)
 from densereward.engines.torch.engine import TorchEngine
 from densereward.engines.torch.kept import KeptKeys, PromptKeys
 from densereward.engines.torch.packing import PackedBatch, pack
@@ -27,7 +36,8 @@ LAYERS = 3
 CLOSING = (2, 201)
 ROWS = [AttentionRow(layer) for layer in range(LAYERS)]
 OPEN: frozenset[Need] = frozenset([PrefixScores(), *ROWS])
-ALL: frozenset[Need] = frozenset([PrefixScores(), PrefixScores("closed"), *ROWS])
+SIGNED = [kind(layer) for kind in (Contributions, ReceivedAttention) for layer in range(LAYERS)]
+ALL: frozenset[Need] = frozenset([PrefixScores(), PrefixScores("closed"), *ROWS, *SIGNED])
 
 
 @pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
@@ -75,9 +85,12 @@ def assert_same(first: Captured, second: Captured, tolerance: float) -> None:
     for mode, prefixes in second.prefixes.items():
         np.testing.assert_allclose(first.prefixes[mode].after, prefixes.after, atol=tolerance * scale, rtol=0)
         assert first.prefixes[mode].before == pytest.approx(prefixes.before, abs=tolerance * scale)
-    assert first.attention_rows.keys() == second.attention_rows.keys()
-    for layer, row in first.attention_rows.items():
-        np.testing.assert_allclose(row, second.attention_rows[layer], atol=tolerance, rtol=0)
+    for kind in ("attention_rows", "contributions", "received_attention"):
+        mine, others = getattr(first, kind), getattr(second, kind)
+        assert mine.keys() == others.keys()
+        for layer, row in mine.items():
+            size = max(1.0, float(np.abs(others[layer]).max(initial=0)))
+            np.testing.assert_allclose(row, others[layer], atol=tolerance * size, rtol=0)
 
 
 def test_scores_prefixes_and_rows_equal_a_padded_eager_run(pair: tuple[TorchEngine, Any]) -> None:
@@ -210,11 +223,14 @@ def test_a_prompt_that_comes_again_is_kept_and_gives_the_same_numbers(tmp_path: 
 
 
 def count_tokens(engine: TorchEngine, counts: list[int]) -> None:
-    """Append the tokens of every pass."""
+    """Append the tokens of every pass; the scored tokens that run again for contributions are no pass."""
+
+    def count(_: object, __: object, inputs: Any) -> None:
+        if isinstance(inputs["packed"], PackedBatch):
+            counts.append(inputs["input_ids"].shape[1])
+
     backbone: Any = engine._backbone
-    backbone.register_forward_pre_hook(
-        lambda _, __, inputs: counts.append(inputs["input_ids"].shape[1]), with_kwargs=True
-    )
+    backbone.register_forward_pre_hook(count, with_kwargs=True)
 
 
 def test_kept_prompts_stay_within_their_bytes_and_the_longest_unused_goes_first() -> None:

@@ -72,7 +72,7 @@ def test_rows_are_laid_out_from_each_sequences_first_token_to_its_scored_one() -
         ScoringInput([9], 0, 1, 0),
         ScoringInput([7, 8, 20, 21], 2, 2, 3, needs=one),
     )
-    assert batch.row_layers == {0, 3}
+    assert {need.layer for need in batch.row_needs} == {0, 3}
     assert batch.rows_of == [0, 2]
     assert batch.scored.tolist() == [2, 4]
     assert batch.row_keys.tolist() == [0, 1, 2, 0, 1, 3, 4]

@@ -12,23 +12,45 @@ Shapes: H query heads, K key heads, D head size, N packed tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from densereward.engines.torch.kernels import QUERY_BLOCK, Part, Variant, add, attend, attend_each, explicit
-from densereward.engines.torch.packing import PackedBatch, Placed
+from densereward.capture import AttentionRow, Contributions
+from densereward.engines.torch.kernels import (
+    QUERY_BLOCK,
+    Part,
+    Variant,
+    add,
+    attend,
+    attend_each,
+    explicit,
+    explicit_weights,
+)
+from densereward.engines.torch.packing import Look, PackedBatch, Placed
 from densereward.errors import EngineFailure
 
-__all__ = ["IMPLEMENTATION", "packed_attention", "register", "scored_rows"]
+__all__ = ["IMPLEMENTATION", "Replay", "packed_attention", "received_attention", "register", "scored_weights"]
 
 IMPLEMENTATION = "densereward_packed"
 
 # Keywords models pass that do not change what attention computes in a packed forward pass without a cache.
 _HARMLESS = {"cache_position", "dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """In place of a packed batch: some tokens run once more, and attention gives them what it gave before.
+
+    Attributes:
+        outputs: by layer.
+    """
+
+    outputs: dict[int, Float[Tensor, "1 R H E"]]
 
 
 def register() -> None:
@@ -45,7 +67,7 @@ def packed_attention(
     attention_mask: None,
     *,
     scaling: float,
-    packed: PackedBatch | None = None,
+    packed: PackedBatch | Replay | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,
@@ -58,19 +80,42 @@ def packed_attention(
     """
     if packed is None:
         raise EngineFailure(f"{type(module).__name__} does not hand the packed batch to its attention")
+    if isinstance(packed, Replay):
+        return packed.outputs[_layer(module)], None
     _refuse_unknown(module, attention_mask, others)
     _refuse_hidden_window(module, sliding_window)
     window = sliding_window if sliding_window is not None and sliding_window < packed.longest else None
     variant = Variant(scaling, window, softcap)
-    layer: int = module.layer_idx  # type: ignore[assignment]  # every transformers attention module carries its own
+    layer = _layer(module)
     q, k, v = query[0], *_with_kept(key[0], value[0], packed, layer)
     for places, kept in packed.grows:
         kept.extend(layer, k[:, _slice(places)], v[:, _slice(places)])
-    if layer in packed.row_layers:
-        packed.rows[layer] = scored_rows(q, k, packed, variant)
+    _keep(layer, q, k, v, packed, variant)
     fused = variant.plain and (not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16))
     output = _fused(q, k, v, packed, scaling) if fused else _written_out(q, k, v, packed, variant)
-    return output.transpose(0, 1)[None], None
+    output = output.transpose(0, 1)[None]
+    if packed.contributions:
+        packed.outputs[layer] = output[:, packed.scored]
+    return output, None
+
+
+def _layer(module: nn.Module) -> int:
+    layer: Any = module.layer_idx  # every transformers attention module carries its own
+    return int(layer)
+
+
+def _keep(layer: int, q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, variant: Variant) -> None:
+    """What is needed of this layer's attention."""
+    needs = {AttentionRow(layer), Contributions(layer), Contributions()} & packed.row_needs
+    if needs:
+        weights = scored_weights(q, k, packed, variant)
+    if AttentionRow(layer) in needs:
+        packed.rows[AttentionRow(layer)] = weights.mean(dim=1)
+    if needs - {AttentionRow(layer)}:
+        packed.looks[layer] = Look(weights, v[:, packed.row_keys])
+    for index, placed in enumerate(packed.placed):
+        if (index, layer) in packed.sums:
+            packed.sums[index, layer] = received_attention(q, k, placed, packed.key_positions, variant)
 
 
 def _with_kept(k: Tensor, v: Tensor, packed: PackedBatch, layer: int) -> tuple[Tensor, Tensor]:
@@ -105,10 +150,10 @@ def _refuse_hidden_window(module: nn.Module, window: int | None) -> None:
         )
 
 
-def scored_rows(
+def scored_weights(
     query: Float[Tensor, "H N D"], key: Float[Tensor, "K L D"], packed: PackedBatch, variant: Variant
-) -> Float32[Tensor, " R"]:
-    """The attention row of each sequence's scored token over `packed.row_keys`, averaged over heads, in float32.
+) -> Float32[Tensor, "R H"]:
+    """The attention of each sequence's scored token on `packed.row_keys` in every head, in float32.
 
     One product of every key with its own sequence's scored query, then a softmax per sequence: O(N), no loop.
     """
@@ -126,7 +171,36 @@ def scored_rows(
     highest = highest.scatter_reduce(0, owner[:, None].expand_as(logits), logits, "amax")
     weights = torch.exp(logits - highest[owner])
     sums = torch.zeros_like(highest).index_add(0, owner, weights)
-    return (weights / sums[owner]).mean(dim=1)
+    return weights / sums[owner]
+
+
+def received_attention(
+    query: Float[Tensor, "H N D"],
+    key: Float[Tensor, "K L D"],
+    placed: Placed,
+    positions: Int64[Tensor, " L"],
+    variant: Variant,
+) -> Float32[Tensor, " S"]:
+    """What the piece's queries in the response give to each of the sequence's keys so far, but themselves.
+
+    Summed over the queries, averaged over heads, in float32; some queries at a time, so that it takes memory for
+    256 x S and not for S x S.
+    """
+    sequence = placed.piece.whole.sequence
+    keys = torch.tensor([*placed.shared, *placed.trunk], device=query.device)
+    first, last = (
+        min(max(position - len(placed.shared), 0), len(placed.trunk))
+        for position in (sequence.prompt_length, sequence.response_stop)
+    )
+    response = placed.trunk[first:last]
+    sums = torch.zeros(len(keys), device=query.device)
+    for start in range(0, len(response), QUERY_BLOCK):
+        queries = _slice(response[start : start + QUERY_BLOCK])
+        visible = _visible(positions[queries], positions[keys], variant.window)
+        weights = explicit_weights(query[:, queries], key[:, keys], visible, variant).flatten(0, 1).mean(dim=0)
+        itself = positions[queries][:, None] == positions[keys]
+        sums += weights.masked_fill(itself, 0).sum(dim=0)
+    return sums
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float) -> Float[Tensor, "H N E"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixMode, PrefixScores, ScoringInput
+from densereward.capture import (
+    AttentionRow,
+    Captured,
+    Contributions,
+    Need,
+    Prefixes,
+    PrefixMode,
+    PrefixScores,
+    ReceivedAttention,
+    ScoringInput,
+)
 from densereward.engines.base import EngineFacts
+from densereward.engines.torch.contributions import contributions
 from densereward.engines.torch.kept import KeptKeys, Prompt, PromptKeys
 from densereward.engines.torch.linear import speed_up
 from densereward.engines.torch.loading import (
@@ -24,7 +37,7 @@ from densereward.engines.torch.loading import (
     weights_fingerprint,
 )
 from densereward.engines.torch.memory import keep_freed_memory
-from densereward.engines.torch.packing import PackedBatch, pack
+from densereward.engines.torch.packing import PackedBatch, counted_from_0, pack
 from densereward.engines.torch.pieces import Piece, WrittenOut, in_pieces, write_out
 from densereward.errors import EngineFailure
 from densereward.heads.bradley_terry import BradleyTerryHead
@@ -59,7 +72,7 @@ class TorchEngine:
         batch_tokens: int | None = None,
         prompt_cache: int = 0,
     ) -> None:
-        self._model: Any = model
+        self._model: Any = model.requires_grad_(False)
         self._prompts = PromptKeys(prompt_cache)
         embedding: Any = model.get_input_embeddings()
         self._backbone: Any = model.base_model
@@ -106,11 +119,11 @@ class TorchEngine:
 
     @property
     def provides(self) -> frozenset[Need]:
-        """Prefix scores, open and closed, and the scored row of every layer."""
-        layers = self.facts.layers
-        return frozenset(
-            [PrefixScores("open"), PrefixScores("closed"), *(AttentionRow(layer) for layer in range(-layers, layers))]
-        )
+        """Prefix scores, open and closed, and in every layer all that can be kept of it."""
+        layers = range(-self.facts.layers, self.facts.layers)
+        kinds = (AttentionRow, Contributions, ReceivedAttention)
+        in_layers = (kind(layer) for kind in kinds for layer in layers)
+        return frozenset([PrefixScores("open"), PrefixScores("closed"), Contributions(), *in_layers])
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         """Score a batch in one pass, or a sequence that is too long for one in pieces.
@@ -155,13 +168,14 @@ class TorchEngine:
         hidden = self._backbone(
             input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
         ).last_hidden_state[0]
-        if packed.row_layers != packed.rows.keys():
-            missing = sorted(packed.row_layers - packed.rows.keys())
-            raise EngineFailure(f"{self.facts.family} gave no attention row for layers {missing}")
-        layers = sorted(packed.rows)
-        parts = [self._head.scores(hidden[packed.read]), *(packed.rows[layer] for layer in layers)]
-        scores, *rows = torch.split(torch.cat(parts).cpu(), [len(each) for each in parts])
-        _hand_out(packed, results, scores.numpy(), {n: row.numpy() for n, row in zip(layers, rows, strict=True)})
+        scores = self._head.scores(hidden[packed.read])
+        if packed.contributions:
+            packed.rows.update(
+                contributions(self._backbone, self._head, packed, self._head.scores(hidden[packed.scored]))
+            )
+        if packed.row_needs != packed.rows.keys() or None in packed.sums.values():
+            raise EngineFailure(f"{self.facts.family} did not run its attention in all the layers that are needed")
+        _hand_out(packed, results, scores)
 
     def close(self) -> None:
         """Drop the model and give its memory back."""
@@ -187,12 +201,14 @@ class _Result:
     Attributes:
         whole: the sequence, written out.
         scores: at each of its reads; filled piece by piece.
-        rows: per layer, the scored row from the sequence's first token on.
+        rows: the scored rows from the sequence's first token on, layers counted from 0.
+        sums: per layer, the attention that each token of the sequence received; added up piece by piece.
     """
 
     whole: WrittenOut
     scores: Float32[np.ndarray, " R"] = field(init=False)
-    rows: dict[int, Float32[np.ndarray, " L"]] = field(default_factory=dict)
+    rows: dict[Need, Float32[np.ndarray, " L"]] = field(default_factory=dict)
+    sums: dict[int, Float32[np.ndarray, " S"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.scores = np.full(len(self.whole.reads), np.nan, dtype=np.float32)
@@ -202,35 +218,48 @@ class _Result:
         """The prompt, as it is looked up."""
         return tuple(self.whole.sequence.token_ids[: self.whole.sequence.prompt_length])
 
+    def receive(self, layer: int, sums: Float32[np.ndarray, " _"]) -> None:
+        """Add attention that the sequence's first tokens received."""
+        total = self.sums.setdefault(layer, np.zeros(self.whole.length, dtype=np.float32))
+        total[: len(sums)] += sums
+
     def captured(self, layers: int) -> Captured:
         """In the form that methods read."""
         sequence = self.whole.sequence
-        wanted = {need.layer for need in sequence.needs if isinstance(need, AttentionRow)}
         response = slice(sequence.prompt_length, sequence.response_stop)
+        kept: dict[type[Need], dict[Any, Float32[np.ndarray, " T"]]] = defaultdict(dict)
+        for need in sequence.needs:
+            if isinstance(need, AttentionRow | Contributions):
+                kept[type(need)][need.layer] = self.rows[counted_from_0(need, layers)][response]
+            elif isinstance(need, ReceivedAttention):
+                kept[type(need)][need.layer] = self.sums[need.layer % layers][response]
         return Captured(
             reward=float(self.scores[0]),
             length=sequence.response_length,
             prefixes=_prefixes(sequence, self.scores[1:]),
-            attention_rows={layer: self.rows[layer % layers][response] for layer in wanted},
+            attention_rows=kept[AttentionRow],
+            contributions=kept[Contributions],
+            received_attention=kept[ReceivedAttention],
         )
 
 
-def _hand_out(
-    packed: PackedBatch,
-    results: Sequence[_Result],
-    scores: Float32[np.ndarray, " M"],
-    rows: dict[int, Float32[np.ndarray, " K"]],
-) -> None:
-    """Cut what a pass gave into sequences."""
+def _hand_out(packed: PackedBatch, results: Sequence[_Result], scores: Float32[Tensor, " M"]) -> None:
+    """Bring what a pass gave to the host in one copy, and cut it into sequences."""
+    needs, places = list(packed.rows), list(packed.sums)
+    parts = [scores, *packed.rows.values(), *(each for each in packed.sums.values() if each is not None)]
+    on_host = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
     read = key = 0
     for result, placed in zip(results, packed.placed, strict=True):
         slots = placed.read_slots
-        result.scores[slots] = scores[read : read + len(slots)]
+        result.scores[slots] = on_host[0][read : read + len(slots)]
         read += len(slots)
+    rows = dict(zip(needs, on_host[1 : 1 + len(needs)], strict=True))
     for index in packed.rows_of:
         length = results[index].whole.sequence.scored_position + 1
-        results[index].rows |= {layer: row[key : key + length] for layer, row in rows.items()}
+        results[index].rows |= {need: row[key : key + length] for need, row in rows.items()}
         key += length
+    for (index, layer), sums in zip(places, on_host[1 + len(needs) :], strict=True):
+        results[index].receive(layer, sums)
 
 
 def _prefixes(sequence: ScoringInput, reads: Float32[np.ndarray, " _"]) -> dict[PrefixMode, Prefixes]:

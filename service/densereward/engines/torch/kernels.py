@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-__all__ = ["QUERY_BLOCK", "Part", "Variant", "add", "attend", "attend_each", "explicit"]
+__all__ = ["QUERY_BLOCK", "Part", "Variant", "add", "attend", "attend_each", "explicit", "explicit_weights"]
 
 QUERY_BLOCK = 256
 """Queries at a time on the explicit path: its scores take H x 256 x L, which grows with L alone."""
@@ -126,9 +126,15 @@ def _cumulative(lengths: Sequence[int], device: torch.device) -> Int32[Tensor, "
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, visible: Bool[Tensor, "Q L"], variant: Variant) -> Float[Tensor, "H Q D"]:
     """Any variant, its scores written out; every query must see a key."""
+    return torch.flatten(explicit_weights(q, k, visible, variant).to(v.dtype) @ v[:, None], 0, 1)
+
+
+def explicit_weights(
+    q: Tensor, k: Tensor, visible: Bool[Tensor, "Q L"], variant: Variant
+) -> Float32[Tensor, "K G Q L"]:
+    """The weights behind it, G = H / K query heads to a key head."""
     grouped = q.reshape(k.shape[0], -1, *q.shape[1:])  # [K, H/K, Q, D]
     logits = (grouped @ k[:, None].transpose(-1, -2)).float() * variant.scaling
     if variant.softcap is not None:
         logits = torch.tanh(logits / variant.softcap) * variant.softcap
-    weights = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1).to(v.dtype)
-    return torch.flatten(weights @ v[:, None], 0, 1)
+    return logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)

@@ -14,6 +14,8 @@ __all__ = ["speed_up"]
 
 class _OneDnnLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name is torch's
+        if torch.is_grad_enabled():  # oneDNN's product has no derivative
+            return super().forward(input)
         output: Tensor = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
         return output
 

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from densereward.capture import AttentionRow
+from densereward.capture import AttentionRow, Contributions, Need, ReceivedAttention
 from densereward.engines.torch.kept import KeptKeys, Prompt
 from densereward.engines.torch.pieces import Piece
 
-__all__ = ["PackedBatch", "Placed", "pack"]
+__all__ = ["Look", "PackedBatch", "Placed", "counted_from_0", "pack"]
 
 _NOWHERE = range(0)
 
@@ -85,6 +85,19 @@ class Placed:
         return np.concatenate([_places(self.shared), np.arange(self.trunk.start, self.scored + 1)])
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the scored tokens looked at in one layer.
+
+    Attributes:
+        weights: of each of `row_keys`, in each head.
+        values: theirs, not yet expanded to all heads.
+    """
+
+    weights: Float32[Tensor, "K H"]
+    values: Float[Tensor, "G K E"]
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """B pieces in one row of N tokens, and M kept keys behind it.
@@ -97,12 +110,16 @@ class PackedBatch:
         kept: keys from earlier passes, in the order of their places.
         grows: places whose keys are kept, and what they are added to.
         read: every place the score head is read at, piece after piece.
-        rows_of: indices of the pieces whose scored rows are kept.
-        row_layers: layers whose scored rows are kept, counted from 0.
+        rows_of: indices of the pieces of whose scored tokens rows are kept.
+        row_needs: the rows, of any of them, with layers counted from 0.
         row_keys: keys that scored tokens can look at, row after row.
         row_owner: the row of each such key.
         scored: where the rows' scored tokens stand.
+        sums: per piece and layer as it is needed, the attention that its queries in the response give to the
+            sequence's keys so far; filled by the attention function.
         rows: filled by the attention function, layer by layer: the scored rows, laid out as `row_keys`.
+        looks: filled likewise where contributions are needed: what the scored tokens looked at.
+        outputs: filled likewise in every layer: the attention's output at the scored tokens.
     """
 
     token_ids: Int64[Tensor, "1 N"]
@@ -114,11 +131,19 @@ class PackedBatch:
     grows: list[tuple[range, KeptKeys]]
     read: Int64[Tensor, " _"]
     rows_of: list[int]
-    row_layers: frozenset[int]
+    row_needs: frozenset[AttentionRow | Contributions]
     row_keys: Int64[Tensor, " K"]
     row_owner: Int64[Tensor, " K"]
     scored: Int64[Tensor, " R"]
-    rows: dict[int, Float32[Tensor, " K"]] = field(default_factory=dict)
+    sums: dict[tuple[int, int], Float32[Tensor, " _"] | None]
+    rows: dict[Need, Float32[Tensor, " K"]] = field(default_factory=dict)
+    looks: dict[int, Look] = field(default_factory=dict)
+    outputs: dict[int, Float[Tensor, "1 R H E"]] = field(default_factory=dict)
+
+    @property
+    def contributions(self) -> list[Contributions]:
+        """The contributions that are needed."""
+        return [need for need in self.row_needs if isinstance(need, Contributions)]
 
     @cached_property
     def segments(self) -> list[range]:
@@ -151,8 +176,8 @@ def pack(
     """
     row = _Row(pieces)
     ids, positions, key_positions = _fill(row)
-    wants_row = [each.piece.reads_row and bool(_row_layers(each.piece, layers)) for each in row.placed]
-    rows_of = [index for index, wanted in enumerate(wants_row) if wanted]
+    wanted = [_row_needs(each.piece, layers) for each in row.placed]
+    rows_of = [index for index, needs in enumerate(wanted) if needs]
     rows = [row.placed[index] for index in rows_of]
     keys = [each.row_keys for each in rows]
     on_host = [
@@ -176,10 +201,11 @@ def pack(
         grows=list(_growing(row.placed, keep or {})),
         read=parts[3],
         rows_of=rows_of,
-        row_layers=frozenset().union(*(_row_layers(each.piece, layers) for each in rows)),
+        row_needs=frozenset().union(*wanted),
         row_keys=parts[4],
         row_owner=parts[5],
         scored=parts[6],
+        sums={(i, n): None for i, each in enumerate(row.placed) for n in _sum_layers(each.piece, layers)},
     )
 
 
@@ -282,10 +308,21 @@ def _growing(placed: Sequence[Placed], keep: Mapping[Prompt, KeptKeys]) -> Itera
             yield (each.shared or each.trunk)[: sequence.prompt_length - 1], kept
 
 
-def _row_layers(piece: Piece, layers: int) -> frozenset[int]:
-    """Layers whose row a sequence needs, counted from 0."""
+def _row_needs(piece: Piece, layers: int) -> frozenset[AttentionRow | Contributions]:
+    """The rows of its scored token that a piece must give, layers counted from 0."""
+    needs = piece.whole.sequence.needs if piece.reads_row else frozenset()
+    return frozenset(counted_from_0(need, layers) for need in needs if isinstance(need, AttentionRow | Contributions))
+
+
+def counted_from_0(need: AttentionRow | Contributions, layers: int) -> AttentionRow | Contributions:
+    """The same need, its layer not counted from the last."""
+    return need if need.layer is None else replace(need, layer=need.layer % layers)
+
+
+def _sum_layers(piece: Piece, layers: int) -> frozenset[int]:
+    """Layers in which a piece must sum up attention, counted from 0."""
     needs = piece.whole.sequence.needs
-    return frozenset(need.layer % layers for need in needs if isinstance(need, AttentionRow))
+    return frozenset(need.layer % layers for need in needs if isinstance(need, ReceivedAttention))
 
 
 def _places(places: range) -> Int64[np.ndarray, " n"]:

@@ -1,0 +1,74 @@
+"""What each token adds to the score through the scoring token's attention, layer by layer.
+
+In a decoder only attention moves anything between tokens. So the scored tokens, run once more with the attention
+outputs that they got, give the same scores, and the gradient of a score at such an output is what one backward pass
+over one position says. With the attention itself held fixed, the output in a head is the sum over tokens of weight
+times value, and each token's part of it times the gradient is what the token contributes.
+
+The second run is one token a sequence, through the model's own layers: no code here knows their names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from densereward.capture import Need
+from densereward.engines.torch.attention import Replay
+from densereward.engines.torch.packing import Look, PackedBatch
+from densereward.errors import EngineFailure
+
+__all__ = ["contributions"]
+
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+"""Of a score that is run again, relative to the largest: rounding, not more."""
+
+
+def contributions(
+    backbone: Any, head: Any, packed: PackedBatch, scores: Float32[Tensor, " R"]
+) -> dict[Need, Float32[Tensor, " K"]]:
+    """The contributions that a batch needs, laid out as `packed.row_keys`.
+
+    Args:
+        backbone: the decoder.
+        head: the score head.
+        packed: the batch, after its forward pass.
+        scores: of the scored tokens, from that pass.
+
+    Raises:
+        EngineFailure: the second run gave other scores, so something but attention moves between the model's tokens.
+    """
+    layers = sorted(packed.looks)
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        outputs = {
+            layer: output.clone().requires_grad_(layer in packed.looks) for layer, output in packed.outputs.items()
+        }
+        ids, positions = (each[:, packed.scored].clone() for each in (packed.token_ids, packed.position_ids))
+        hidden = backbone(input_ids=ids, position_ids=positions, use_cache=False, packed=Replay(outputs))
+        again = head.scores(hidden.last_hidden_state[0])
+        gradients = torch.autograd.grad(again.sum(), [outputs[layer] for layer in layers])
+    moved = (again.detach() - scores).abs().max()
+    if not moved <= _TOLERANCE[hidden.last_hidden_state.dtype] * scores.abs().max().clamp(min=1):
+        raise EngineFailure(
+            "the scored tokens score differently when they run again with the attention that they got; this model "
+            "cannot serve contributions"
+        )
+    each = {
+        layer: _through(packed.looks[layer], gradient[0], packed)
+        for layer, gradient in zip(layers, gradients, strict=True)
+    }
+    return {
+        need: torch.stack(list(each.values())).sum(dim=0) if need.layer is None else each[need.layer]
+        for need in packed.contributions
+    }
+
+
+def _through(look: Look, gradient: Float[Tensor, "R H E"], packed: PackedBatch) -> Float32[Tensor, " K"]:
+    """Weight times value times gradient, over all heads."""
+    groups = len(look.values)
+    toward = gradient.float().unflatten(1, (groups, -1))[packed.row_owner]  # [K, G, H/G, E]
+    signed = torch.einsum("kghe,gke->kgh", toward, look.values.float()).flatten(1)
+    return (look.weights * signed).sum(dim=1)

@@ -1,0 +1,154 @@
+"""Contributions and received attention, against autograd and whole attention maps in float64."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForSequenceClassification
+
+import tiny
+from densereward.capture import Captured, Contributions, ReceivedAttention, ScoringInput
+from densereward.engines.torch.engine import TorchEngine
+from densereward.errors import EngineFailure
+
+LAYERS = 3
+PROMPT, RESPONSE = 12, 17
+IDS = random.Random(5).choices(range(3, 320), k=PROMPT + RESPONSE + 2)
+LAST = len(IDS) - 1
+
+# A derivative of fourth order: transformers' norms stay float32 in a float64 model, so the step cannot be tiny.
+STEP = 0.05
+STEPS = (-2, -1, 1, 2)
+SLOPE = (1 / 12, -8 / 12, 8 / 12, -1 / 12)
+
+
+@pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def captured(folder: Path) -> Captured:
+    in_layers = [kind(layer) for kind in (Contributions, ReceivedAttention) for layer in range(LAYERS)]
+    needs = frozenset([Contributions(), *in_layers])
+    engine = TorchEngine.load(str(folder), device="cpu")
+    return engine.forward([ScoringInput(IDS, PROMPT, RESPONSE, LAST, needs=needs)])[0]
+
+
+def double(folder: Path, attention: str = "eager") -> Any:
+    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation=attention)
+    return model.double().eval()
+
+
+@contextmanager
+def weakened(token: int, share: float) -> Iterator[str]:
+    """Attention in which the last layer's scored query gets only a share of one token's weight times value."""
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scaling: float, **others: Any) -> Any:
+        groups = q.shape[1] // k.shape[1]
+        keys, values = (each.repeat_interleave(groups, 1) for each in (k, v))
+        logits = q @ keys.transpose(-1, -2) * scaling
+        if (cap := others.get("softcap")) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        far = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+        hidden = (far < 0) | (far >= (others.get("sliding_window") or len(IDS)))
+        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        if module.layer_idx == LAYERS - 1:
+            weights[..., LAST, token] *= share
+        return (weights @ values).transpose(1, 2), None
+
+    AttentionInterface.register("weakened", attend)
+    yield "weakened"
+
+
+def score(model: Any) -> float:
+    with torch.no_grad():
+        return float(model.score(model.base_model(input_ids=torch.tensor([IDS])).last_hidden_state)[0, LAST, 0])
+
+
+def test_a_contribution_is_what_the_score_loses_as_the_tokens_value_is_left_out(folder: Path) -> None:
+    found = captured(folder).contributions[LAYERS - 1]
+    with weakened(0, 1.0) as attention:
+        model = double(folder, attention)
+    expected = []
+    for token in range(PROMPT, PROMPT + RESPONSE):
+        scores = []
+        for steps in STEPS:
+            with weakened(token, 1 + steps * STEP):
+                scores.append(score(model))
+        expected.append(np.dot(SLOPE, scores) / STEP)
+    assert np.abs(expected).max() > 1e-2
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def frozen_contributions(model: Any, layer: int) -> NDArray[np.float64]:
+    """The formula, head by head and token by token, with autograd through what follows at one position of a Llama."""
+    heads = model.config.num_attention_heads
+    groups = heads // model.config.num_key_value_heads
+    layers = model.model.layers
+    attended: list[Tensor] = [torch.empty(0)] * LAYERS
+    values: list[Tensor] = [torch.empty(0)] * LAYERS
+    for i, each in enumerate(layers):
+        each.self_attn.register_forward_hook(lambda _, __, out, i=i: attended.__setitem__(i, out[0].detach()))
+        each.self_attn.v_proj.register_forward_hook(lambda _, __, out, i=i: values.__setitem__(i, out.detach()))
+    with torch.no_grad():
+        output = model.model(input_ids=torch.tensor([IDS]), output_hidden_states=True, output_attentions=True)
+    stream = output.hidden_states[layer][0, LAST]
+    own = attended[layer][0, LAST].clone().requires_grad_()
+    for i in range(layer, LAYERS):
+        stream = stream + (own if i == layer else attended[i][0, LAST])
+        stream = stream + layers[i].mlp(layers[i].post_attention_layernorm(stream))
+    (gradient,) = torch.autograd.grad(model.score(model.model.norm(stream))[0], own)
+    toward = (gradient @ layers[layer].self_attn.o_proj.weight).detach()  # [heads * size]
+    size = len(toward) // heads
+    result = np.zeros(len(IDS))
+    for token in range(len(IDS)):
+        for head in range(heads):
+            weight = output.attentions[layer][0, head, LAST, token]
+            start = head // groups * size
+            value = values[layer][0, token, start : start + size]
+            result[token] += float(weight * (value @ toward[head * size : (head + 1) * size]))
+    return result
+
+
+def test_contributions_of_any_layer_and_of_all_are_weight_times_value_times_gradient(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path)
+    response = slice(PROMPT, PROMPT + RESPONSE)
+    expected = [frozen_contributions(double(folder), layer)[response] for layer in range(LAYERS)]
+    found = captured(folder).contributions
+    for layer in range(LAYERS):
+        np.testing.assert_allclose(found[layer], expected[layer], atol=2e-5 * np.abs(expected[layer]).max())
+    total = np.sum(expected, axis=0)
+    np.testing.assert_allclose(found[None], total, atol=2e-5 * np.abs(total).max())
+
+
+def test_received_attention_is_the_sum_of_the_columns_below_the_diagonal(folder: Path) -> None:
+    with torch.no_grad():
+        maps = double(folder).base_model(input_ids=torch.tensor([IDS]), output_attentions=True).attentions
+    found = captured(folder).received_attention
+    for layer in range(LAYERS):
+        heads = maps[layer][0, :, PROMPT : PROMPT + RESPONSE, PROMPT : PROMPT + RESPONSE].mean(0)
+        np.testing.assert_allclose(found[layer], torch.tril(heads, -1).sum(0).numpy(), atol=1e-5)
+        assert found[layer][-1] == 0
+
+
+def test_a_model_whose_second_run_scores_differently_serves_no_contributions(tmp_path: Path) -> None:
+    engine = TorchEngine.load(str(tiny.save(tmp_path)), device="cpu")
+    before: Any = engine._model.model.layers[
+        0
+    ].register_forward_pre_hook(  # mixes neighbours, as a convolution would
+        lambda _, args, kwargs: ((args[0] + args[0].roll(1, dims=1), *args[1:]), kwargs), with_kwargs=True
+    )
+    asked = ScoringInput(IDS, PROMPT, RESPONSE, LAST, needs=frozenset([Contributions(-1)]))
+    with pytest.raises(EngineFailure, match="cannot serve contributions"):
+        engine.forward([asked])
+    before.remove()
+    engine.forward([asked])
