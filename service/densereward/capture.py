@@ -22,6 +22,7 @@ __all__ = [
     "AttentionRow",
     "Captured",
     "Contributions",
+    "Gradients",
     "Need",
     "PrefixMode",
     "PrefixScores",
@@ -80,7 +81,12 @@ class ReceivedAttention:
     layer: int
 
 
-Need = PrefixScores | AttentionRow | Contributions | ReceivedAttention
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """The score's gradient at each response token's embedding, times the embedding less that of the padding token."""
+
+
+Need = PrefixScores | AttentionRow | Contributions | ReceivedAttention | Gradients
 """One narrow thing an engine can keep from a forward pass; the sequence's score is always kept."""
 
 
@@ -182,6 +188,7 @@ class Captured:
             the rest of the row, up to its sum of 1, fell on the prompt and the closing tokens.
         contributions: per layer as it was asked for, what each response token added to the score.
         received_attention: per layer as it was asked for, what each response token got from later ones.
+        gradients: as they were asked for, what each response token's embedding does to the score, to first order.
         variants: for one method, the scores of the variants that it asked for (`methods.base.Method.variants`).
     """
 
@@ -191,6 +198,7 @@ class Captured:
     attention_rows: Mapping[int, Float32[np.ndarray, " T"]] = field(default_factory=dict)
     contributions: Mapping[int | None, Float32[np.ndarray, " T"]] = field(default_factory=dict)
     received_attention: Mapping[int, Float32[np.ndarray, " T"]] = field(default_factory=dict)
+    gradients: Float32[np.ndarray, " T"] | None = None
     variants: Sequence[float] = ()
 
     @property
@@ -203,4 +211,5 @@ class Captured:
             for prefixes in self.prefixes.values()
             if prefixes.before is not None
         ]
-        return [*scores, *before, *(row for rows in kept for row in rows)]
+        gradients = [] if self.gradients is None else [self.gradients]
+        return [*scores, *before, *gradients, *(row for rows in kept for row in rows)]

@@ -298,6 +298,7 @@ def test_rewards_scale_with_the_model_and_a_constant_moves_only_what_the_sum_mov
             prefixes={"open": Prefixes(factor * 0.25 + constant, np.float32(factor) * scores + np.float32(constant))},
             contributions={None: np.float32(factor) * scores},
             received_attention={-1: np.array([0.5, 0.25, 0.0], np.float32)},
+            gradients=scores,  # shares of R do not ask for their scale
         )
         params = method.settle([captured], method.params_type())
         variants = [factor * game(each) + constant for each in method.variants(response, params)]
@@ -309,6 +310,14 @@ def test_rewards_scale_with_the_model_and_a_constant_moves_only_what_the_sum_mov
     if name in ("red", "sentence", "message", "contribution", "occlusion", "shapley"):
         np.testing.assert_allclose(moved.rewards, plain.rewards, atol=1e-6)
         assert moved.baseline - plain.baseline == pytest.approx(8.0)
+
+
+def test_attribution_shares_the_reward_out_by_a_softmax_or_gives_each_token_its_part() -> None:
+    captured = Captured(reward=-2.0, length=3, gradients=np.log([1.0, 2.0, 5.0]).astype(np.float32))
+    np.testing.assert_allclose(credit("attribution", captured).rewards, [-0.25, -0.5, -1.25], rtol=1e-6)
+    signed = credit("attribution", captured, weights="signed")
+    np.testing.assert_allclose(signed.rewards, np.log([1.0, 2.0, 5.0]), rtol=1e-6)
+    assert signed.baseline == pytest.approx(-2.0 - np.log(10.0))
 
 
 def game(ids: Sequence[int]) -> float:
@@ -460,6 +469,7 @@ def test_rewards_and_baseline_sum_to_the_sequences_reward(
         attention_rows={-1: row},
         contributions={None: row - np.float32(0.5 / length)},
         received_attention={-1: row},
+        gradients=row - np.float32(0.5 / length),
     )
     weights = row.astype(np.float64) + 1e-9
     spans = [(i, i + 1) for i in range(length)]

@@ -84,7 +84,7 @@ def test_models_tells_what_is_served_and_how_it_reads_text(server: Server) -> No
     assert all(len(value) == 64 and set(value) <= set("0123456789abcdef") for value in fingerprints.values())
     costs = {name: method.pop("cost") for name, method in card["methods"].items()}
     assert costs["red"].startswith("One forward pass")
-    several = {"occlusion", "shapley"}
+    passes = dict.fromkeys(METHODS, 1) | {"attribution": 3, "occlusion": None, "shapley": None}
     assert card == {
         "id": "tiny",
         "object": "model",
@@ -96,9 +96,7 @@ def test_models_tells_what_is_served_and_how_it_reads_text(server: Server) -> No
         "closing_token_ids": [2, 201],
         "adds_bos": False,
         "prefix_modes": ["open", "closed"],
-        "methods": {
-            name: {"available": True, "passes": None if name in several else 1, "reason": None} for name in METHODS
-        },
+        "methods": {name: {"available": True, "passes": passes[name], "reason": None} for name in METHODS},
     }
 
 

@@ -12,6 +12,7 @@ from densereward.capture import (
     AttentionRow,
     Captured,
     Contributions,
+    Gradients,
     Need,
     Prefixes,
     PrefixScores,
@@ -58,7 +59,7 @@ class FakeEngine:
     def provides(self) -> frozenset[Need]:
         kinds = (AttentionRow, Contributions, ReceivedAttention)
         in_layers = (kind(layer) for kind in kinds for layer in range(-2, 2))
-        return frozenset([PrefixScores("open"), PrefixScores("closed"), Contributions(), *in_layers])
+        return frozenset([PrefixScores("open"), PrefixScores("closed"), Contributions(), Gradients(), *in_layers])
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         self.started.set()
@@ -92,6 +93,7 @@ class FakeEngine:
             attention_rows=FakeEngine._even(each, AttentionRow),
             contributions=FakeEngine._even(each, Contributions),
             received_attention=FakeEngine._even(each, ReceivedAttention),
+            gradients=np.zeros(length, np.float32) if Gradients() in each.needs else None,
         )
 
     @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,14 @@ EMPTY_TURN: list[Message] = [{"role": "user", "content": ""}]
 
 @dataclass(frozen=True)
 class TextRewards:
-    """Character spans (T, 2) of a text's tokens and, per method, their rewards (T,); each sums to reward - baseline."""
+    """Character spans (T, 2) of a text's tokens and, per method, their rewards (T,); each sums to reward - baseline.
+
+    `passes` are of the methods that took several.
+    """
 
     spans: Spans
     rewards: dict[str, Floats]
+    passes: dict[str, int] = field(default_factory=dict)
 
 
 class Scorer:
@@ -50,10 +54,13 @@ class Scorer:
         self._runner.run(self._service.stop())
         self._runner.close()
 
-    def texts(self, texts: Sequence[str]) -> list[TextRewards]:
-        """Token rewards of each text as the finished answer to an empty user turn."""
-        samples = [{"messages": EMPTY_TURN, "response": text} for text in texts]
-        asked = {"samples": samples, "methods": METHODS, "include": ["spans"]}
+    def texts(
+        self, texts: Sequence[str], methods: Sequence[dict[str, Any]] = METHODS, questions: Sequence[str] = ()
+    ) -> list[TextRewards]:
+        """Token rewards of each text as the finished answer to its question, or to an empty user turn."""
+        turns = [[{"role": "user", "content": question}] for question in questions] or [EMPTY_TURN] * len(texts)
+        samples = [{"messages": turn, "response": text} for turn, text in zip(turns, texts, strict=True)]
+        asked = {"samples": samples, "methods": list(methods), "include": ["spans"]}
         request = TokenRewardsRequest.model_validate(asked)
         work = self._service.pipeline.token_rewards(request, request.samples)
         answer = TokenRewardsResponse.model_validate(self._runner.run(work))
@@ -61,6 +68,7 @@ class Scorer:
             TextRewards(
                 character_spans(text, item.spans or []),
                 {name: rewards.astype(np.float64) for name, rewards in item.token_rewards.items()},
+                item.passes or {},
             )
             for text, item in zip(texts, answer.data, strict=True)
         ]

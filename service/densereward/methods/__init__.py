@@ -14,6 +14,7 @@ METHODS = Table(
         "abc": "densereward.methods.abc:AttentionBasedCredit",
         "contribution": "densereward.methods.contribution:Contribution",
         "future_attention": "densereward.methods.future_attention:FutureAttention",
+        "attribution": "densereward.methods.attribution:Attribution",
         "occlusion": "densereward.methods.occlusion:Occlusion",
         "shapley": "densereward.methods.shapley:Shapley",
         "uniform": "densereward.methods.uniform:Uniform",

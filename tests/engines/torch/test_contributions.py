@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForSequenceClassification
 
 import tiny
-from densereward.capture import Captured, Contributions, ReceivedAttention, ScoringInput
+from densereward.capture import Captured, Contributions, Gradients, ReceivedAttention, ScoringInput
 from densereward.engines.torch.engine import TorchEngine
 from densereward.errors import EngineFailure
 
@@ -138,6 +138,22 @@ def test_received_attention_is_the_sum_of_the_columns_below_the_diagonal(folder:
         heads = maps[layer][0, :, PROMPT : PROMPT + RESPONSE, PROMPT : PROMPT + RESPONSE].mean(0)
         np.testing.assert_allclose(found[layer], torch.tril(heads, -1).sum(0).numpy(), atol=1e-5)
         assert found[layer][-1] == 0
+
+
+def test_gradients_are_the_scores_change_along_the_embedding(folder: Path) -> None:
+    """dR/dshare as the response token's embedding moves from the padding token's to its own, in float64."""
+    engine = TorchEngine.load(str(folder), device="cpu")
+    found = engine.forward([ScoringInput(IDS, PROMPT, RESPONSE, LAST, needs=frozenset([Gradients()]))])[0].gradients
+    model = double(folder)
+    embedding = model.get_input_embeddings()
+    embedded, padding = embedding(torch.tensor([IDS])).detach(), embedding(torch.tensor(model.config.pad_token_id))
+    shares = torch.ones(len(IDS), dtype=torch.float64, requires_grad=True)
+    moved = padding.detach() + shares[None, :, None] * (embedded - padding.detach())
+    hidden = model.base_model(inputs_embeds=moved).last_hidden_state
+    (expected,) = torch.autograd.grad(model.score(hidden)[0, LAST, 0], shares)
+    response = expected[PROMPT : PROMPT + RESPONSE].numpy()
+    assert found is not None
+    np.testing.assert_allclose(found, response, atol=1e-4 * np.abs(response).max())
 
 
 def test_a_model_whose_second_run_scores_differently_serves_no_contributions(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from densereward.capture import (
     AttentionRow,
     Captured,
     Contributions,
+    Gradients,
     Need,
     Prefixes,
     PrefixScores,
@@ -37,7 +38,7 @@ CLOSING = (2, 201)
 ROWS = [AttentionRow(layer) for layer in range(LAYERS)]
 OPEN: frozenset[Need] = frozenset([PrefixScores(), *ROWS])
 SIGNED = [kind(layer) for kind in (Contributions, ReceivedAttention) for layer in range(LAYERS)]
-ALL: frozenset[Need] = frozenset([PrefixScores(), PrefixScores("closed"), *ROWS, *SIGNED])
+ALL: frozenset[Need] = frozenset([PrefixScores(), PrefixScores("closed"), *ROWS, *SIGNED, Gradients()])
 
 
 @pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
@@ -85,6 +86,10 @@ def assert_same(first: Captured, second: Captured, tolerance: float) -> None:
     for mode, prefixes in second.prefixes.items():
         np.testing.assert_allclose(first.prefixes[mode].after, prefixes.after, atol=tolerance * scale, rtol=0)
         assert first.prefixes[mode].before == pytest.approx(prefixes.before, abs=tolerance * scale)
+    if second.gradients is not None:
+        assert first.gradients is not None
+        size = max(1.0, float(np.abs(second.gradients).max(initial=0)))
+        np.testing.assert_allclose(first.gradients, second.gradients, atol=tolerance * size, rtol=0)
     for kind in ("attention_rows", "contributions", "received_attention"):
         mine, others = getattr(first, kind), getattr(second, kind)
         assert mine.keys() == others.keys()
@@ -408,7 +413,7 @@ def test_memory_on_the_blocked_path_grows_with_length_and_not_with_its_square() 
     engine = TorchEngine(_prepared(tiny.make_model("gemma2")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "explicit", watched)
-        engine.forward([sequence(1500, 10)])
+        engine.forward([sequence(1500, 10, needs=ALL - {Gradients()})])
     assert max(seen) <= kernels.QUERY_BLOCK * (1500 + kernels.QUERY_BLOCK)
 
 

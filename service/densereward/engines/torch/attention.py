@@ -34,7 +34,7 @@ from densereward.engines.torch.kernels import (
 from densereward.engines.torch.packing import Look, PackedBatch, Placed
 from densereward.errors import EngineFailure
 
-__all__ = ["IMPLEMENTATION", "Replay", "packed_attention", "received_attention", "register", "scored_weights"]
+__all__ = ["IMPLEMENTATION", "Alone", "Replay", "packed_attention", "received_attention", "register", "scored_weights"]
 
 IMPLEMENTATION = "densereward_packed"
 
@@ -53,6 +53,10 @@ class Replay:
     outputs: dict[int, Float[Tensor, "1 R H E"]]
 
 
+class Alone:
+    """In place of a packed batch: one whole sequence, computed so that it can be differentiated."""
+
+
 def register() -> None:
     """Make the function known to transformers under `IMPLEMENTATION`."""
     AttentionInterface.register(IMPLEMENTATION, packed_attention)
@@ -67,7 +71,7 @@ def packed_attention(
     attention_mask: None,
     *,
     scaling: float,
-    packed: PackedBatch | Replay | None = None,
+    packed: PackedBatch | Replay | Alone | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,
@@ -84,6 +88,8 @@ def packed_attention(
         return packed.outputs[_layer(module)], None
     _refuse_unknown(module, attention_mask, others)
     _refuse_hidden_window(module, sliding_window)
+    if isinstance(packed, Alone):
+        return _differentiable(query, key, value, Variant(scaling, sliding_window, softcap)), None
     window = sliding_window if sliding_window is not None and sliding_window < packed.longest else None
     variant = Variant(scaling, window, softcap)
     layer = _layer(module)
@@ -97,6 +103,19 @@ def packed_attention(
     if packed.contributions:
         packed.outputs[layer] = output[:, packed.scored]
     return output, None
+
+
+def _differentiable(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Float[Tensor, "1 N H E"]:
+    """Causal attention of one sequence, by functions that have derivatives."""
+    if variant.plain:
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=variant.scaling, enable_gqa=True
+        )
+    else:
+        positions = torch.arange(query.shape[2], device=query.device)
+        visible = _visible(positions, positions, variant.window)
+        output = explicit(query[0], key[0], value[0], visible, variant)[None]
+    return output.transpose(1, 2)
 
 
 def _layer(module: nn.Module) -> int:

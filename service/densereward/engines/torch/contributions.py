@@ -21,7 +21,7 @@ from densereward.engines.torch.attention import Replay
 from densereward.engines.torch.packing import Look, PackedBatch
 from densereward.errors import EngineFailure
 
-__all__ = ["contributions"]
+__all__ = ["check_same", "contributions"]
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 """Of a score that is run again, relative to the largest: rounding, not more."""
@@ -50,12 +50,7 @@ def contributions(
         hidden = backbone(input_ids=ids, position_ids=positions, use_cache=False, packed=Replay(outputs))
         again = head.scores(hidden.last_hidden_state[0])
         gradients = torch.autograd.grad(again.sum(), [outputs[layer] for layer in layers])
-    moved = (again.detach() - scores).abs().max()
-    if not moved <= _TOLERANCE[hidden.last_hidden_state.dtype] * scores.abs().max().clamp(min=1):
-        raise EngineFailure(
-            "the scored tokens score differently when they run again with the attention that they got; this model "
-            "cannot serve contributions"
-        )
+    check_same(again.detach(), scores, hidden.last_hidden_state.dtype, "contributions")
     each = {
         layer: _through(packed.looks[layer], gradient[0], packed)
         for layer, gradient in zip(layers, gradients, strict=True)
@@ -64,6 +59,18 @@ def contributions(
         need: torch.stack(list(each.values())).sum(dim=0) if need.layer is None else each[need.layer]
         for need in packed.contributions
     }
+
+
+def check_same(again: Float32[Tensor, " R"], scores: Float32[Tensor, " R"], dtype: torch.dtype, wanted: str) -> None:
+    """A second run must give the scores of the first.
+
+    Raises:
+        EngineFailure: it does not.
+    """
+    if not (again - scores).abs().max() <= _TOLERANCE[dtype] * scores.abs().max().clamp(min=1):
+        raise EngineFailure(
+            f"tokens score differently when they run again to be differentiated; this model cannot serve {wanted}"
+        )
 
 
 def _through(look: Look, gradient: Float[Tensor, "R H E"], packed: PackedBatch) -> Float32[Tensor, " K"]:

@@ -17,6 +17,7 @@ from densereward.capture import (
     AttentionRow,
     Captured,
     Contributions,
+    Gradients,
     Need,
     Prefixes,
     PrefixMode,
@@ -26,6 +27,7 @@ from densereward.capture import (
 )
 from densereward.engines.base import EngineFacts
 from densereward.engines.torch.contributions import contributions
+from densereward.engines.torch.gradients import gradients
 from densereward.engines.torch.kept import KeptKeys, Prompt, PromptKeys
 from densereward.engines.torch.linear import speed_up
 from densereward.engines.torch.loading import (
@@ -123,7 +125,7 @@ class TorchEngine:
         layers = range(-self.facts.layers, self.facts.layers)
         kinds = (AttentionRow, Contributions, ReceivedAttention)
         in_layers = (kind(layer) for kind in kinds for layer in layers)
-        return frozenset([PrefixScores("open"), PrefixScores("closed"), Contributions(), *in_layers])
+        return frozenset([PrefixScores("open"), PrefixScores("closed"), Contributions(), Gradients(), *in_layers])
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         """Score a batch in one pass, or a sequence that is too long for one in pieces.
@@ -139,6 +141,10 @@ class TorchEngine:
                         self._run([piece], results)
                 else:
                     self._run_together(results)
+                for result in results:
+                    if Gradients() in result.whole.sequence.needs:
+                        sequence, score = result.whole.sequence, float(result.scores[0])
+                        result.gradients = gradients(self._model, self._head, sequence, score)
         except torch.OutOfMemoryError as error:
             self._prompts.clear()
             raise EngineFailure(
@@ -203,12 +209,14 @@ class _Result:
         scores: at each of its reads; filled piece by piece.
         rows: the scored rows from the sequence's first token on, layers counted from 0.
         sums: per layer, the attention that each token of the sequence received; added up piece by piece.
+        gradients: of the response's tokens.
     """
 
     whole: WrittenOut
     scores: Float32[np.ndarray, " R"] = field(init=False)
     rows: dict[Need, Float32[np.ndarray, " L"]] = field(default_factory=dict)
     sums: dict[int, Float32[np.ndarray, " S"]] = field(default_factory=dict)
+    gradients: Float32[np.ndarray, " T"] | None = None
 
     def __post_init__(self) -> None:
         self.scores = np.full(len(self.whole.reads), np.nan, dtype=np.float32)
@@ -240,6 +248,7 @@ class _Result:
             attention_rows=kept[AttentionRow],
             contributions=kept[Contributions],
             received_attention=kept[ReceivedAttention],
+            gradients=self.gradients,
         )
 
 

@@ -1,0 +1,47 @@
+"""The gradient of a sequence's score at the embeddings of its tokens: one pass forward and one backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+
+from densereward.capture import ScoringInput
+from densereward.engines.torch.attention import Alone
+from densereward.engines.torch.contributions import check_same
+
+__all__ = ["gradients"]
+
+
+def gradients(model: Any, head: Any, sequence: ScoringInput, score: float) -> Float32[np.ndarray, " T"]:
+    """Gradient times embedding, the padding token's taken off it, for each token of the response.
+
+    Args:
+        model: the reward model; without a padding token nothing is taken off.
+        head: the score head.
+        sequence: what was scored.
+        score: its score, from the packed pass.
+
+    Raises:
+        EngineFailure: this pass gave another score.
+    """
+    embedding = model.get_input_embeddings()
+    padding = model.config.get_text_config().pad_token_id
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        ids = torch.tensor(sequence.token_ids, device=model.device)
+        embedded = embedding(ids).detach().requires_grad_()
+        positions = torch.arange(len(ids), device=model.device)[None]
+        hidden = model.base_model(
+            inputs_embeds=embedded[None], position_ids=positions, use_cache=False, packed=Alone()
+        ).last_hidden_state[0]
+        again = head.scores(hidden[sequence.scored_position][None])
+        (gradient,) = torch.autograd.grad(again.sum(), embedded)
+        away = embedded.detach().float()
+        if padding is not None:
+            away = away - embedding(ids.new_tensor(padding)).detach().float()
+    check_same(again.detach(), again.new_tensor([score]), hidden.dtype, "gradients")
+    values = (gradient.float() * away).sum(dim=-1)[sequence.prompt_length : sequence.response_stop]
+    result: Float32[np.ndarray, " T"] = values.cpu().numpy()
+    return result
