@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
+import tiny
+from densereward import methods
 from densereward.align import Aligner
 from densereward.batcher import Batcher
 from densereward.engines.base import Engine
@@ -24,7 +27,8 @@ from densereward.settings import ModelSettings
 from densereward_client.wire import TokenRewardsRequest, TokenRewardsResponse
 
 CLOSED = {"name": "red", "prefix_mode": "closed", "label": "red_closed"}
-METHODS = ["red", "abc", "uniform", "sparse", "weights"]
+VARYING = ["occlusion", "shapley"]
+METHODS = [name for name in methods.METHODS if name not in VARYING]
 
 
 class Offline:
@@ -110,6 +114,23 @@ def test_every_methods_rewards_and_baseline_sum_to_the_reward_on_the_trainers_to
                 assert not rewards[np.array(sample["response_mask"]) == 0].any()
 
 
+@pytest.mark.parametrize("unit", ["sentence", "word", "token"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_methods_that_leave_parts_out_keep_the_sum_too(score: Offline, unit: str, finished: bool) -> None:
+    sample = {"prompt": "Well?", "response": "Thank you 😀. It is good food! " * 2, "finished": finished}
+    item = score([sample, sample], methods=[{"name": name, "unit": unit} for name in VARYING]).data[1]
+    for name in VARYING:
+        total = item.token_rewards[name].sum(dtype=np.float64) + item.baseline[name]
+        assert total == pytest.approx(item.reward, abs=1e-5)
+
+
+def test_without_a_prompt_and_closing_tokens_not_all_can_be_left_out(score: Offline) -> None:
+    sample = {"prompt": "", "response": "ok", "finished": False}
+    with pytest.raises(InvalidRequest, match="give a prompt"):
+        score([sample], methods=["occlusion"])
+    assert score([sample | {"finished": True}], methods=["occlusion"]).data[0].error is None
+
+
 def test_token_rewards_are_the_paper_formulas_on_an_independent_reading_of_the_model(
     score: Offline, tiny_llama: Path
 ) -> None:
@@ -138,6 +159,60 @@ def test_token_rewards_are_the_paper_formulas_on_an_independent_reading_of_the_m
     assert item.attention_mass["abc"] == pytest.approx(row.sum(), abs=1e-6)
     np.testing.assert_allclose(item.token_rewards["uniform"], [reward / 4] * 4, atol=1e-5)
     np.testing.assert_allclose(item.token_rewards["sparse"], [0, 0, 0, reward], atol=1e-5)
+
+
+def test_what_else_is_read_off_the_pass_is_what_an_independent_reading_gives(score: Offline, tiny_llama: Path) -> None:
+    prompt, response, closing = [5, 6, 7], [20, 30, 40, 50], [2, 201]
+    ids = [*prompt, *response, *closing]
+    asked = ["contribution", "future_attention", {"name": "message", "threshold": 0.0}]
+    sample = {"prompt_token_ids": prompt, "response_token_ids": response}
+    item = score([sample], methods=asked, include=["segments"]).data[0]
+    model = reference.eager(tiny_llama).double()
+    added = sum(reference.contributions(model, ids, layer)[3:7] for layer in range(3))
+    np.testing.assert_allclose(item.token_rewards["contribution"], added, atol=1e-5)
+    with torch.no_grad():
+        last = model.base_model(input_ids=torch.tensor([ids]), output_attentions=True).attentions[-1][0].mean(0)
+    means = [float(sum(last[later, t] for later in range(t + 1, 7))) / max(6 - t, 1) for t in range(3, 7)]
+    shares = np.array(means) / sum(means) * (item.reward or 0.0)
+    np.testing.assert_allclose(item.token_rewards["future_attention"], shares, atol=1e-5)
+    s = [*reference.prefix_scores(reference.eager(tiny_llama), prompt, response)[:-1], item.reward or 0.0]
+    starts = [0, *(t for t in range(1, 4) if (s[t] >= 0) != (s[t + 1] >= 0))]
+    stops = [*starts[1:], 4]
+    steps = [
+        (s[stop] - s[start]) / (stop - start)
+        for start, stop in zip(starts, stops, strict=True)
+        for _ in range(start, stop)
+    ]
+    np.testing.assert_allclose(item.token_rewards["message"], steps, atol=1e-5)
+    assert item.segments is not None
+    assert [(each.start, each.end) for each in item.segments["message"]] == list(zip(starts, stops, strict=True))
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [2], [-3], [0, 2], [0, 1, 2], "last"], ids=str)
+def test_abc_is_its_papers_formula_on_a_gpt2_with_left_over_prompts_and_pad_equal_to_eos(
+    layers: list[int] | str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tiny.save(tmp_path_factory.mktemp("gpt2"), "gpt2")
+    score = Offline(*load(ModelSettings(model=str(folder), device="cpu")))
+    assert tiny.make_tokenizer().pad_token_id == tiny.make_tokenizer().eos_token_id
+    # IMDb's way: the response goes on where the prompt's text was cut; ids of eos stand in both.
+    samples = [([9, 2, 30, 31], [32, 2, 33, 34, 35]), ([12], [40, 41]), ([2, 2, 50, 51, 52, 53], [2, 54, 2, 55])]
+    asked = {"name": "abc", "layers": layers, "beta": 0.6}
+    answer = score(
+        [{"prompt_token_ids": prompt, "response_token_ids": response} for prompt, response in samples], methods=[asked]
+    )
+    numbers = layers if isinstance(layers, list) else [-1]
+    whole = [[*prompt, *response, *score.aligner.closing_ids] for prompt, response in samples]
+    for (prompt, response), item, read in zip(
+        samples, answer.data, reference.padded(reference.eager(folder), whole), strict=True
+    ):
+        row = np.mean([read.rows[layer].numpy() for layer in numbers], axis=0)[
+            len(prompt) : len(prompt) + len(response)
+        ]
+        reward = float(read.scores[-1])
+        expected = 0.6 * row / row.sum() * reward
+        expected[-1] += 0.4 * reward
+        np.testing.assert_allclose(item.token_rewards["abc"], expected, atol=1e-5)
 
 
 def test_closed_prefixes_are_scored_as_if_the_response_ended_there(score: Offline, tiny_llama: Path) -> None:

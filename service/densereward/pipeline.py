@@ -31,7 +31,7 @@ from densereward.answer import envelope, error_item, reward_item, token_rewards_
 from densereward.batcher import Batcher, Scored
 from densereward.capture import PREFIX_MODES, Captured, Need, PrefixScores, ScoringInput
 from densereward.engines.base import Engine
-from densereward.errors import DenseRewardError, EngineFailure
+from densereward.errors import DenseRewardError, EngineFailure, InvalidRequest
 from densereward.metrics import Metrics
 from densereward.plans import Plan, availability, boundaries_of, needs_of, plan
 from densereward.spread import Spread
@@ -201,6 +201,12 @@ class Pipeline:
         response = aligned.response
         asked = plan.method.variants(response, plan.params) if response.length else ()
         variants = [aligned.sequence.with_response(ids, finished=response.finished) for ids in asked]
+        if not all(each.token_ids for each in variants):
+            raise InvalidRequest(
+                f"{plan.key} leaves out all of the response, and without a prompt or closing tokens nothing is left to "
+                "score; give a prompt",
+                code="empty_variant",
+            )
         for each in variants:
             self._aligner.check_length(each)
         return variants

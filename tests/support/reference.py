@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 
@@ -60,3 +63,39 @@ def _rest(ids: Sequence[int], closing: Sequence[int]) -> list[int]:
     text = ",".join(map(str, ids)) + ","
     ends = (n for n in range(len(closing), 0, -1) if ("," + text).endswith("," + ",".join(map(str, closing[:n])) + ","))
     return list(closing[next(ends, 0) :])
+
+
+def contributions(model: Any, sequence: Sequence[int], layer: int) -> NDArray[np.float64]:
+    """What each token adds to a Llama's score at the last one: the formula, head by head and token by token.
+
+    The gradient is autograd's, through what follows at that one position.
+    """
+    last = len(sequence) - 1
+    heads = model.config.num_attention_heads
+    groups = heads // model.config.num_key_value_heads
+    layers = model.model.layers
+    attended: list[Tensor] = [torch.empty(0)] * len(layers)
+    values: list[Tensor] = [torch.empty(0)] * len(layers)
+    for i, each in enumerate(layers):
+        each.self_attn.register_forward_hook(lambda _, __, out, i=i: attended.__setitem__(i, out[0].detach()))
+        each.self_attn.v_proj.register_forward_hook(lambda _, __, out, i=i: values.__setitem__(i, out.detach()))
+    with torch.no_grad():
+        output = model.model(
+            input_ids=torch.tensor([list(sequence)]), output_hidden_states=True, output_attentions=True
+        )
+    stream = output.hidden_states[layer][0, last]
+    own = attended[layer][0, last].clone().requires_grad_()
+    for i in range(layer, len(layers)):
+        stream = stream + (own if i == layer else attended[i][0, last])
+        stream = stream + layers[i].mlp(layers[i].post_attention_layernorm(stream))
+    (gradient,) = torch.autograd.grad(model.score(model.model.norm(stream))[0], own)
+    toward = (gradient @ layers[layer].self_attn.o_proj.weight).detach()  # [heads * size]
+    size = len(toward) // heads
+    result = np.zeros(len(sequence))
+    for token in range(len(sequence)):
+        for head in range(heads):
+            weight = output.attentions[layer][0, head, last, token]
+            start = head // groups * size
+            value = values[layer][0, token, start : start + size]
+            result[token] += float(weight * (value @ toward[head * size : (head + 1) * size]))
+    return result

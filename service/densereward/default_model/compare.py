@@ -40,6 +40,8 @@ ONE_PASS: tuple[dict[str, Any], ...] = (
     {"label": "uniform", "name": "uniform"},
 )
 SEVERAL_PASSES: tuple[dict[str, Any], ...] = (
+    {"label": "attribution", "name": "attribution"},
+    {"label": "attribution, signed", "name": "attribution", "weights": "signed"},
     {"label": "occlusion", "name": "occlusion"},
     {"label": "shapley", "name": "shapley", "orders": 2},
 )

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForSequenceClassification
 
+import reference
 import tiny
 from densereward.capture import Captured, Contributions, Gradients, ReceivedAttention, ScoringInput
 from densereward.engines.torch.engine import TorchEngine
@@ -89,40 +89,10 @@ def test_a_contribution_is_what_the_score_loses_as_the_tokens_value_is_left_out(
     np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
 
 
-def frozen_contributions(model: Any, layer: int) -> NDArray[np.float64]:
-    """The formula, head by head and token by token, with autograd through what follows at one position of a Llama."""
-    heads = model.config.num_attention_heads
-    groups = heads // model.config.num_key_value_heads
-    layers = model.model.layers
-    attended: list[Tensor] = [torch.empty(0)] * LAYERS
-    values: list[Tensor] = [torch.empty(0)] * LAYERS
-    for i, each in enumerate(layers):
-        each.self_attn.register_forward_hook(lambda _, __, out, i=i: attended.__setitem__(i, out[0].detach()))
-        each.self_attn.v_proj.register_forward_hook(lambda _, __, out, i=i: values.__setitem__(i, out.detach()))
-    with torch.no_grad():
-        output = model.model(input_ids=torch.tensor([IDS]), output_hidden_states=True, output_attentions=True)
-    stream = output.hidden_states[layer][0, LAST]
-    own = attended[layer][0, LAST].clone().requires_grad_()
-    for i in range(layer, LAYERS):
-        stream = stream + (own if i == layer else attended[i][0, LAST])
-        stream = stream + layers[i].mlp(layers[i].post_attention_layernorm(stream))
-    (gradient,) = torch.autograd.grad(model.score(model.model.norm(stream))[0], own)
-    toward = (gradient @ layers[layer].self_attn.o_proj.weight).detach()  # [heads * size]
-    size = len(toward) // heads
-    result = np.zeros(len(IDS))
-    for token in range(len(IDS)):
-        for head in range(heads):
-            weight = output.attentions[layer][0, head, LAST, token]
-            start = head // groups * size
-            value = values[layer][0, token, start : start + size]
-            result[token] += float(weight * (value @ toward[head * size : (head + 1) * size]))
-    return result
-
-
 def test_contributions_of_any_layer_and_of_all_are_weight_times_value_times_gradient(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path)
     response = slice(PROMPT, PROMPT + RESPONSE)
-    expected = [frozen_contributions(double(folder), layer)[response] for layer in range(LAYERS)]
+    expected = [reference.contributions(double(folder), IDS, layer)[response] for layer in range(LAYERS)]
     found = captured(folder).contributions
     for layer in range(LAYERS):
         np.testing.assert_allclose(found[layer], expected[layer], atol=2e-5 * np.abs(expected[layer]).max())
