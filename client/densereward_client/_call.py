@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from ._checks import check_rewards, check_token_rewards
 from ._errors import InvalidAnswer, beginning, status_error
 from .wire import (
+    Ensemble,
     Include,
     MethodRequest,
     ModelList,
@@ -24,6 +25,8 @@ from .wire import (
 
 Samples = Sequence[Sample | Mapping[str, Any]]
 Methods = Sequence[str | MethodRequest | Mapping[str, Any]]
+Model = str | Sequence[str]
+EnsembleOptions = Ensemble | Mapping[str, Any]
 OnError = Literal["request", "item"]
 EncodingFormat = Literal["float", "base64"]
 Answer = TypeVar("Answer")
@@ -55,7 +58,8 @@ def token_rewards_call(
     samples: Samples,
     methods: Methods | None,
     include: Sequence[Include],
-    model: str | None,
+    model: Model | None,
+    ensemble: EnsembleOptions | None,
     on_error: OnError,
     encoding_format: EncodingFormat,
 ) -> Call[TokenRewardsResponse]:
@@ -63,6 +67,7 @@ def token_rewards_call(
     request = _request(
         TokenRewardsRequest,
         model=model,
+        ensemble=ensemble,
         samples=samples,
         methods=methods,
         include=include,
@@ -73,10 +78,14 @@ def token_rewards_call(
 
 
 def rewards_call(
-    samples: Samples, model: str | None, on_error: OnError, encoding_format: EncodingFormat
+    samples: Samples,
+    model: Model | None,
+    ensemble: EnsembleOptions | None,
+    on_error: OnError,
+    encoding_format: EncodingFormat,
 ) -> Call[RewardsResponse]:
     """POST /rewards."""
-    request = _request(RewardsRequest, model=model, samples=samples, on_error=on_error)
+    request = _request(RewardsRequest, model=model, ensemble=ensemble, samples=samples, on_error=on_error)
     return _post("/rewards", request, RewardsResponse, check_rewards, encoding_format)
 
 

@@ -20,7 +20,9 @@ from ._call import (
     Answer,
     Call,
     EncodingFormat,
+    EnsembleOptions,
     Methods,
+    Model,
     OnError,
     Samples,
     models_call,
@@ -63,7 +65,8 @@ class Client:
         *,
         methods: Methods | None = None,
         include: Sequence[Include] = (),
-        model: str | None = None,
+        model: Model | None = None,
+        ensemble: EnsembleOptions | None = None,
         on_error: OnError = "request",
         encoding_format: EncodingFormat = "base64",
     ) -> TokenRewardsResponse:
@@ -77,7 +80,8 @@ class Client:
             methods: Names, or mappings with parameters such as `{"name": "abc", "beta": 0.8}`; the server's choice
                 by default.
             include: What else to answer with, such as "tokens" or "prefix_scores".
-            model: One of `models()`; the server's first by default.
+            model: One of `models()`, the server's first by default; several answer as an ensemble.
+            ensemble: How several become one, as in `wire.Ensemble`; their mean by default.
             on_error: "request" raises for a bad sample; "item" gives that sample an `error` and serves the rest.
             encoding_format: How arrays travel. "base64" is smaller and quicker; the numbers are the same. Of what is
                 sent, that goes for lists of 64 entries and more.
@@ -86,18 +90,19 @@ class Client:
             pydantic.ValidationError: The request is wrong; nothing was sent.
             DenseRewardError: One of its kinds, by what went wrong.
         """
-        return self._send(token_rewards_call(samples, methods, include, model, on_error, encoding_format))
+        return self._send(token_rewards_call(samples, methods, include, model, ensemble, on_error, encoding_format))
 
     def rewards(
         self,
         samples: Samples,
         *,
-        model: str | None = None,
+        model: Model | None = None,
+        ensemble: EnsembleOptions | None = None,
         on_error: OnError = "request",
         encoding_format: EncodingFormat = "base64",
     ) -> RewardsResponse:
         """One reward a sample, `answer.data[i].reward`. Arguments and errors are those of `token_rewards`."""
-        return self._send(rewards_call(samples, model, on_error, encoding_format))
+        return self._send(rewards_call(samples, model, ensemble, on_error, encoding_format))
 
     def models(self) -> ModelList:
         """The models that are loaded, and the methods each of them can serve."""
@@ -163,23 +168,27 @@ class AsyncClient:
         *,
         methods: Methods | None = None,
         include: Sequence[Include] = (),
-        model: str | None = None,
+        model: Model | None = None,
+        ensemble: EnsembleOptions | None = None,
         on_error: OnError = "request",
         encoding_format: EncodingFormat = "base64",
     ) -> TokenRewardsResponse:
         """As `Client.token_rewards`."""
-        return await self._send(token_rewards_call(samples, methods, include, model, on_error, encoding_format))
+        return await self._send(
+            token_rewards_call(samples, methods, include, model, ensemble, on_error, encoding_format)
+        )
 
     async def rewards(
         self,
         samples: Samples,
         *,
-        model: str | None = None,
+        model: Model | None = None,
+        ensemble: EnsembleOptions | None = None,
         on_error: OnError = "request",
         encoding_format: EncodingFormat = "base64",
     ) -> RewardsResponse:
         """As `Client.rewards`."""
-        return await self._send(rewards_call(samples, model, on_error, encoding_format))
+        return await self._send(rewards_call(samples, model, ensemble, on_error, encoding_format))
 
     async def models(self) -> ModelList:
         """As `Client.models`."""

@@ -26,6 +26,7 @@ from pydantic import (
 from ._arrays import Ids, Mask, Numbers, Spans, decode_base64, encode_base64
 
 __all__ = [
+    "Ensemble",
     "Error",
     "ErrorBody",
     "FloatArray",
@@ -154,10 +155,27 @@ class MethodRequest(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Ensemble(_Request):
+    """How several models' rewards become one, each less its mean and over its deviation."""
+
+    how: Literal["mean", "min", "uncertainty"] = Field(
+        "mean", description="uncertainty: the mean less `penalty` times the variance between the models."
+    )
+    penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    normalize: Literal["running"] | dict[str, tuple[FiniteFloat, Annotated[float, Field(gt=0)]]] | None = Field(
+        None,
+        description="Mean and deviation of each model's rewards: given by its name, or of all that it gave so far.",
+    )
+
+
 class RewardsRequest(_Request):
     """Body of POST /rewards: one number a sample."""
 
-    model: str | None = Field(None, description="One of GET /v1/models; the server's first model by default.")
+    model: str | Annotated[list[str], Field(min_length=2)] | None = Field(
+        None,
+        description="One of GET /v1/models, the first of them by default; or several, which answer as an ensemble.",
+    )
+    ensemble: Ensemble | None = Field(None, description="Only with several models; by default their mean.")
     samples: list[Sample] = Field(min_length=1)
     on_error: Literal["request", "item"] = Field(
         "request", description="item: a bad sample becomes an error item and the rest are served."
@@ -204,6 +222,10 @@ class SampleReward(_Item):
     """One sample of POST /rewards."""
 
     reward: FiniteFloat | None = None
+    rewards: dict[str, FiniteFloat] | None = Field(None, description="Of an ensemble: each model's own.")
+    disagreement: FiniteFloat | None = Field(
+        None, description="Of an ensemble: the standard deviation between its models' normalised rewards."
+    )
 
 
 class Segment(_Answer):

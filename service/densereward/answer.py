@@ -20,9 +20,14 @@ from densereward.slots import Placed, place, slot_boundaries
 from densereward.tokens import Vocabulary
 from densereward_client.wire import Sample, TokenRewardsRequest, encode_base64
 
-__all__ = ["envelope", "error_item", "reward_item", "token_rewards_item"]
+__all__ = ["encoder", "envelope", "error_item", "reward_item", "token_rewards_item"]
 
 Encode = Callable[[np.ndarray], Any]
+
+
+def encoder(encoding_format: str) -> Encode:
+    """How arrays stand in an answer."""
+    return encode_base64 if encoding_format == "base64" else np.ascontiguousarray
 
 
 def envelope(
@@ -78,7 +83,7 @@ def token_rewards_item(
     Raises:
         EngineFailure: rewards that are not finite or do not sum to the sequence's.
     """
-    encode: Encode = encode_base64 if request.encoding_format == "base64" else np.ascontiguousarray
+    encode = encoder(request.encoding_format)
     item = reward_item(index, sample, aligned, captured) | {"token_rewards": {}, "baseline": {}}
     if "segments" in request.include:
         item["segments"] = {}

@@ -73,10 +73,10 @@ async def _start(service: Service, on_failure: Callable[[], None]) -> None:
         await service.start()
         await asyncio.to_thread(_settle)
     except DenseRewardError as error:
-        logger.error("cannot serve %s: %s", service.settings.model, error.message)
+        logger.error("cannot serve %s: %s", ", ".join(service.settings.model), error.message)
         on_failure()
     except Exception:  # whatever a model does while it loads, the process must end and say so
-        logger.exception("cannot serve %s", service.settings.model)
+        logger.exception("cannot serve %s", ", ".join(service.settings.model))
         on_failure()
 
 

@@ -136,7 +136,6 @@ class Lines:
         self._beginners: OrderedDict[Line, None] = OrderedDict()  # whose turn it is to begin a batch
         self._round: OrderedDict[Line, None] = OrderedDict()  # whose turn it is in filling one
         self._bunches: dict[tuple[int, ...], OrderedDict[_Bunch, None]] = {}  # of all lines, by prompt
-        self._sequences = 0
         self.tokens = 0
 
     def join(self, waiting: Sequence[Waiting]) -> Line:
@@ -237,6 +236,5 @@ class Lines:
             self._round.pop(line, None)
 
     def _count(self, sequences: int, tokens: int) -> None:
-        self._sequences += sequences
         self.tokens += tokens
-        self._metrics.queue(sequences=self._sequences, tokens=self.tokens)
+        self._metrics.queue(sequences, tokens)

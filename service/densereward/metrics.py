@@ -49,6 +49,7 @@ class Metrics:
         self._budget = Gauge(
             "densereward_batch_budget_tokens",
             "The budget of a forward pass: tokens, long sequences' attention in tokens' worth.",
+            ["model"],
             registry=self._registry,
         )
         self._shared_tokens = Counter(
@@ -78,17 +79,17 @@ class Metrics:
         self._tokens.labels(model).inc(tokens)
 
     def queue(self, sequences: int, tokens: int) -> None:
-        """The queue changed."""
-        self._queue_sequences.set(sequences)
-        self._queue_tokens.set(tokens)
+        """A queue grew or shrank by so much."""
+        self._queue_sequences.inc(sequences)
+        self._queue_tokens.inc(tokens)
 
     def dropped(self, sequences: int) -> None:
         """Callers left before their sequences ran."""
         self._dropped.inc(sequences)
 
-    def budget(self, tokens: int) -> None:
-        """The budget was chosen."""
-        self._budget.set(tokens)
+    def budget(self, model: str, tokens: int) -> None:
+        """A model's budget was chosen."""
+        self._budget.labels(model).set(tokens)
 
     def batch(self, *, sequences: int, tokens: int, shared: int, fill: float, seconds: float) -> None:
         """A forward pass ended: tokens that ran, tokens that sharing saved, work over the budget."""

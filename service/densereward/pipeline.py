@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -37,10 +37,24 @@ from densereward.plans import Plan, availability, boundaries_of, needs_of, plan
 from densereward.spread import Spread
 from densereward_client.wire import ModelCard, RewardsRequest, Sample, TokenRewardsRequest
 
-__all__ = ["Pipeline", "Scores", "Work"]
+__all__ = ["Pipeline", "Samples", "Scorer", "Scores", "Work"]
 
 Samples = Sequence[Sample | DenseRewardError]
 """A request's samples; an error stands where one could not even be read."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """What a route asks: a model's pipeline, or an ensemble of them; each hands its own work from step to step."""
+
+    def prepare(self, request: RewardsRequest, samples: Samples) -> Any:
+        """All that comes before the engine. Blocks; for a thread."""
+
+    async def score(self, work: Any) -> Any:
+        """Wait for the engine."""
+
+    def answer(self, work: Any, scores: Any) -> dict[str, Any]:
+        """All that comes after it. Blocks; for a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +106,7 @@ class Pipeline:
         self._aligner = aligner
         self._batcher = batcher
         self._metrics = metrics
-        self._spread = Spread()
+        self.spread = Spread()
         self.card = self._card()
         self.fingerprint = self._fingerprint()
 
@@ -166,12 +180,12 @@ class Pipeline:
 
     def _settled(self, plans: Sequence[Plan], captured: Sequence[Captured]) -> list[Plan]:
         """The methods' parameters, with what only the samples and those before them tell."""
-        self._spread.add([each.reward for each in captured])
+        self.spread.add([each.reward for each in captured])
         settled = []
         for each in plans:
             params = each.method.settle(captured, each.params)
             if params.normalize == "running" and captured:
-                params = params.model_copy(update={"normalize": self._spread.deviation()})
+                params = params.model_copy(update={"normalize": self.spread.deviation()})
             settled.append(replace(each, params=params))
         return settled
 

@@ -11,11 +11,13 @@ from densereward.batcher import Batcher
 from densereward.budget import measure_budget
 from densereward.engines import ENGINES
 from densereward.engines.base import Engine
-from densereward.errors import ModelError, NotReady, UnknownModel
+from densereward.ensemble import EnsemblePipeline
+from densereward.errors import InvalidRequest, ModelError, NotReady, UnknownModel
 from densereward.metrics import Metrics
 from densereward.pipeline import Pipeline
 from densereward.selfcheck import self_check
 from densereward.settings import ModelSettings
+from densereward_client.wire import Ensemble, RewardsRequest
 
 __all__ = ["Service", "load"]
 
@@ -24,13 +26,17 @@ logger = logging.getLogger("densereward")
 _LOADING = NotReady("the model is being loaded", retry_after=5.0)
 
 
-def load(settings: ModelSettings) -> tuple[Engine, Aligner]:
+def load(settings: ModelSettings, source: str | None = None) -> tuple[Engine, Aligner]:
     """Load a model and its tokenizer, and check both. Blocks for as long as that takes.
+
+    Args:
+        settings: how it is to run.
+        source: folder or hub id; by default the settings' first.
 
     Raises:
         ModelError: the model cannot be loaded, or would answer wrong numbers.
     """
-    source = settings.model
+    source = source or next(iter(settings.sources.values()))
     if source == "default":
         from densereward.default_model import ensure_default_model
 
@@ -62,10 +68,10 @@ def _tokenizer(source: str, revision: str | None) -> object:
 
 
 class Service:
-    """Owns the model from loading to draining.
+    """Owns the models from loading to draining.
 
     Args:
-        settings: which model, and its limits.
+        settings: which models, and their limits.
         repeatable: the same samples in the same order get the same digits again. A number's last digits may depend on
             its batch, so no budget is measured and no prompt is kept.
     """
@@ -76,7 +82,8 @@ class Service:
         self.metrics = Metrics()
         self.draining = False
         self.failure: Exception | None = None
-        self._pipeline: Pipeline | None = None
+        self._pipelines: dict[str, Pipeline] = {}
+        self._started = False
 
     async def start(self) -> None:
         """Load, check, and take requests.
@@ -85,11 +92,20 @@ class Service:
             ModelError: the model cannot be loaded, or would answer wrong numbers.
         """
         try:
-            engine, aligner = await asyncio.to_thread(load, self.settings)
-            budget = await asyncio.to_thread(self._budget, engine)
+            for name, source in self.settings.sources.items():
+                if not self.draining:
+                    await self._add(name, source)
         except Exception as error:  # kept for whoever watches the start, and raised on
             self.failure = error
             raise
+        if not self.draining:
+            self._started = True
+            self.metrics.ready(True)
+
+    async def _add(self, name: str, source: str) -> None:
+        """Load one model."""
+        engine, aligner = await asyncio.to_thread(load, self.settings, source)
+        budget = await asyncio.to_thread(self._budget, engine)
         if self.draining:
             engine.close()
             return
@@ -99,10 +115,8 @@ class Service:
             max_queue_tokens=self.settings.max_queue_tokens,
             metrics=self.metrics,
         )
-        name = self.settings.model_name or self.settings.model
-        self._pipeline = Pipeline(name, engine, aligner, batcher, self.metrics)
-        self.metrics.budget(budget)
-        self.metrics.ready(True)
+        self._pipelines[name] = Pipeline(name, engine, aligner, batcher, self.metrics)
+        self.metrics.budget(name, budget)
         facts = engine.facts
         logger.info("ready: %s (%s, %s on %s; %d tokens a pass)", name, facts.family, facts.dtype, facts.device, budget)
 
@@ -120,30 +134,61 @@ class Service:
         """Finish what waits and free the device."""
         self.drain()
         self.metrics.ready(False)
-        if self._pipeline is not None:
-            await self._pipeline.close()
+        await asyncio.gather(*(pipeline.close() for pipeline in self._pipelines.values()))
 
     @property
-    def pipeline(self) -> Pipeline:
-        """The loaded model.
+    def pipelines(self) -> list[Pipeline]:
+        """The loaded models, in the order they were given.
 
         Raises:
-            NotReady: it is still being loaded, or the server is shutting down.
+            NotReady: they are still being loaded, or the server is shutting down.
         """
         if self.draining:
             raise NotReady("the server is shutting down; try another one", retry_after=1.0, code="draining")
-        if self._pipeline is None:
+        if not self._started:
             raise NotReady(_LOADING.message, retry_after=_LOADING.retry_after)
-        return self._pipeline
+        return list(self._pipelines.values())
 
-    def pipeline_for(self, model: str | None) -> Pipeline:
-        """The pipeline of a model by name; None and "default" are the server's own.
+    @property
+    def pipeline(self) -> Pipeline:
+        """The first of them.
 
         Raises:
-            NotReady: it is still being loaded, or the server is shutting down.
-            UnknownModel: no such model is served.
+            NotReady: as `pipelines`.
         """
-        pipeline = self.pipeline
-        if model not in (None, "default", pipeline.name):
-            raise UnknownModel(f"no model named {model!r} is served here; there is {pipeline.name!r}", field="model")
-        return pipeline
+        return self.pipelines[0]
+
+    def pipeline_for(self, request: RewardsRequest) -> Pipeline | EnsemblePipeline:
+        """What answers a request: a model by name, the first one where it names none, or several together.
+
+        Raises:
+            NotReady: as `pipelines`.
+            UnknownModel: no such model is served.
+            InvalidRequest: one model twice in an ensemble, or `ensemble` for one model.
+        """
+        named = self.settings.ensembles
+        if isinstance(request.model, str) and request.model in named:
+            names, how = named[request.model]
+            asked = request.ensemble or Ensemble.model_validate({"how": how})
+            return EnsemblePipeline(request.model, [self._named(name) for name in names], asked)
+        if isinstance(request.model, list):
+            members = [self._named(name) for name in request.model]
+            if len({member.name for member in members}) < len(members):
+                raise InvalidRequest("an ensemble has a model twice", code="invalid_ensemble", field="model")
+            name = "+".join(member.name for member in members)
+            return EnsemblePipeline(name, members, request.ensemble or Ensemble())
+        if request.ensemble is not None:
+            raise InvalidRequest(
+                "`ensemble` needs several models: give `model` as a list", code="invalid_ensemble", field="ensemble"
+            )
+        return self._named(request.model)
+
+    def _named(self, name: str | None) -> Pipeline:
+        """A model by its name; None is the first, and so is "default" where none is called so."""
+        pipelines = {pipeline.name: pipeline for pipeline in self.pipelines}
+        if name is None or (name == "default" and name not in pipelines):
+            return self.pipeline
+        if name not in pipelines:
+            there = ", ".join(map(repr, [*pipelines, *self.settings.ensembles]))
+            raise UnknownModel(f"no model named {name!r} is served here; there is {there}", field="model")
+        return pipelines[name]

@@ -10,12 +10,13 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -31,12 +32,23 @@ class ModelSettings(BaseSettings):
         env_prefix="DENSEREWARD_", env_ignore_empty=True, extra="forbid", protected_namespaces=()
     )
 
-    model: str = Field("default", description="Folder or hub id of a reward model; `default` is the embedded one.")
+    model: Annotated[list[str], NoDecode] = Field(
+        ["default"],
+        min_length=1,
+        description="Folder or hub id of a reward model; `default` is the embedded one. Repeat it to serve several, "
+        "as NAME=SOURCE to name them; the first is the one that answers where a request names none.",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
-    model_name: str | None = Field(None, description="Name it is served under; by default what --model says.")
+    model_name: str | None = Field(
+        None, description="Name the only model is served under; by default what --model says."
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1; auto takes a GPU where there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of the weights; auto is bfloat16 on a GPU, float32 on the CPU. The head is float32."
+    )
+    ensemble: Annotated[list[str], NoDecode] = Field(
+        [],
+        description="NAME=MODEL+MODEL:HOW, by which requests may name several models; HOW is mean, min or uncertainty.",
     )
     max_length: PositiveInt | None = Field(
         None, description="Tokens in the longest sequence served; by default what the model's config gives."
@@ -48,6 +60,48 @@ class ModelSettings(BaseSettings):
         2**30, description="Bytes for the keys of prompts that come again in later passes; 0 runs every prompt anew."
     )
     max_queue_tokens: PositiveInt = Field(1_048_576, description="Tokens that may wait; beyond that, 429.")
+
+    @field_validator("model", "ensemble", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: object) -> object:
+        """One may be given as it stands, in the environment several with commas between them."""
+        return given.split(",") if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _names_are_different(self) -> ModelSettings:
+        if self.model_name is not None and len(self.model) > 1:
+            raise ValueError("model_name names one model; name several as --model NAME=SOURCE")
+        if len(self.sources) < len(self.model):
+            raise ValueError(f"two models have one name: {', '.join(self.model)}; name them as --model NAME=SOURCE")
+        return self
+
+    @model_validator(mode="after")
+    def _ensembles_are_of_these_models(self) -> ModelSettings:
+        for text in self.ensemble:
+            found = re.fullmatch(r"([^=]+)=(.+):(mean|min|uncertainty)", text)
+            if found is None or len(found[2].split("+")) < 2:
+                raise ValueError(f"ensemble {text!r} is not of the form NAME=MODEL+MODEL:mean, :min or :uncertainty")
+            if unknown := [name for name in found[2].split("+") if name not in self.sources]:
+                raise ValueError(f"ensemble {text!r} names {', '.join(unknown)}; there are {', '.join(self.sources)}")
+            if found[1] in self.sources:
+                raise ValueError(f"{found[1]!r} is a model and an ensemble")
+        return self
+
+    @property
+    def ensembles(self) -> dict[str, tuple[list[str], str]]:
+        """Models and how they are combined, by the ensemble's name."""
+        parts = [(name, *rest.rpartition(":")) for name, _, rest in (each.partition("=") for each in self.ensemble)]
+        return {name: (models.split("+"), how) for name, models, _, how in parts}
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Folder or hub id by the name a model is served under."""
+        pairs = [
+            (name, source) if source else (each, each)
+            for each in self.model
+            for name, _, source in [each.partition("=")]
+        ]
+        return {self.model_name or name: source for name, source in pairs}
 
     @classmethod
     def settings_customise_sources(

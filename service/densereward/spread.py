@@ -29,6 +29,10 @@ class Spread:
                 self._mean += before / self._count
                 self._squares += before * (reward - self._mean)
 
+    def mean(self) -> float:
+        """The mean; 0 before the first reward."""
+        return self._mean
+
     def deviation(self) -> float:
         """The standard deviation, of a sample (divided by one less than there are).
 

@@ -39,12 +39,12 @@ def _serve(run: Run, seen: list[ModelSettings], *flags: str) -> Serve:
 
 def test_without_anything_there_are_the_defaults(run: Run, seen: list[ModelSettings]) -> None:
     settings = _serve(run, seen)
-    assert (settings.model, settings.host, settings.port, settings.api_key) == ("default", "127.0.0.1", 8000, None)
+    assert (settings.model, settings.host, settings.port, settings.api_key) == (["default"], "127.0.0.1", 8000, None)
 
 
 def test_the_file_is_read(run: Run, seen: list[ModelSettings], config: Path) -> None:
     settings = _serve(run, seen)
-    assert (settings.model, settings.host, settings.port, settings.max_samples) == ("from-file", "0.0.0.0", 1111, 7)
+    assert (settings.model, settings.host, settings.port, settings.max_samples) == (["from-file"], "0.0.0.0", 1111, 7)
     assert settings.api_key is not None
     assert settings.api_key.get_secret_value() == "file-key"
 
@@ -55,21 +55,22 @@ def test_the_environment_wins_over_the_file_and_flags_over_both(
     monkeypatch.setenv("DENSEREWARD_PORT", "2222")
     monkeypatch.setenv("DENSEREWARD_HOST", "::1")
     settings = _serve(run, seen, "--port", "3333")
-    assert (settings.model, settings.host, settings.port, settings.max_samples) == ("from-file", "::1", 3333, 7)
+    assert (settings.model, settings.host, settings.port, settings.max_samples) == (["from-file"], "::1", 3333, 7)
 
 
 def test_every_knob_can_be_set_from_the_environment(
     run: Run, seen: list[ModelSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {
-        "model": "m", "revision": "r", "model_name": "n", "device": "cpu", "dtype": "float16", "max_length": 1,
+        "model": ["m"], "ensemble": [], "revision": "r", "model_name": "n", "device": "cpu", "dtype": "float16",
+        "max_length": 1,
         "max_batch_tokens": 2, "prompt_cache_bytes": 17, "max_queue_tokens": 3, "host": "h", "port": 4,
         "api_key": "k", "max_body_bytes": 5, "max_samples": 6, "request_timeout": 7.5,
         "drain_timeout": 8.5, "log_level": "error",
     }  # fmt: skip
     assert values.keys() == Serve.model_fields.keys()
     for name, value in values.items():
-        monkeypatch.setenv(f"DENSEREWARD_{name.upper()}", str(value))
+        monkeypatch.setenv(f"DENSEREWARD_{name.upper()}", ",".join(value) if isinstance(value, list) else str(value))
     settings = _serve(run, seen)
     assert settings.api_key is not None
     assert settings.model_dump() | {"api_key": settings.api_key.get_secret_value()} == values
@@ -101,7 +102,7 @@ def test_other_commands_read_the_servers_file_and_pass_over_the_servers_own_line
     arguments = [config, "-o", tmp_path / "out.jsonl"] if name == "score" else []
     ended = run(name, *arguments)
     assert (ended.status, ended.err) == (0, "")
-    assert seen.pop().model == "from-file"
+    assert seen.pop().model == ["from-file"]
 
 
 @pytest.mark.parametrize(
@@ -133,3 +134,29 @@ def test_a_file_that_is_not_there_is_wrong_usage(run: Run, seen: list[ModelSetti
     assert ended.err.startswith(f"densereward serve: DENSEREWARD_CONFIG={config}: ")
     assert "No such file or directory" in ended.err
     assert not seen
+
+
+def test_several_models_are_given_by_repeating_the_flag_or_with_commas_in_the_environment(
+    run: Run, seen: list[ModelSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = _serve(run, seen, "--model", "tone=default", "--model", "some/model")
+    assert given.sources == {"tone": "default", "some/model": "some/model"}
+    monkeypatch.setenv("DENSEREWARD_MODEL", "default,b=some/model")
+    assert _serve(run, seen).sources == {"default": "default", "b": "some/model"}
+    assert _serve(run, seen, "--model", "x", "--model-name", "y").sources == {"y": "x"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "a", "--model", "b", "--model-name", "c"], "name several as --model NAME=SOURCE"),
+        (["--model", "a=x", "--model", "a=y"], "two models have one name"),
+        (["--model", "a", "--ensemble", "e=a+b:min"], "names b; there are a"),
+        (["--model", "a", "--ensemble", "e=a"], "is not of the form"),
+        (["--model", "a", "--model", "b", "--ensemble", "a=a+b:mean"], "is a model and an ensemble"),
+    ],
+)
+def test_names_that_leave_a_model_out_are_refused(run: Run, flags: list[str], message: str) -> None:
+    ended = run("serve", *flags)
+    assert ended.status == 2
+    assert message in ended.err

@@ -219,7 +219,11 @@ def test_weights_that_share_nothing_out_are_refused(api: Api, weights: Any, code
         ({"samples": {"0": GOOD}}, "samples", "samples: Input should be a valid array"),
         ({"samples": [GOOD], "sampels": []}, "sampels", "sampels: Extra inputs are not permitted"),
         ({"samples": [GOOD], "on_error": "skip"}, "on_error", "on_error: Input should be 'request' or 'item'"),
-        ({"samples": [None], "model": 3}, "model", "model: Input should be a valid string"),
+        (
+            {"samples": [None], "model": 3},
+            "model",
+            "model.str: Input should be a valid string; model.list[str]: Input should be a valid array",
+        ),
     ],
 )
 @pytest.mark.parametrize("path", PATHS)

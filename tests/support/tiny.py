@@ -42,13 +42,15 @@ _SIZE: dict[str, Any] = {
 }
 
 
-def make_tokenizer(*, adds_bos: bool = False, template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with 320 ids; pad = eos = `<|im_end|>`, which is the trap."""
+def make_tokenizer(
+    *, adds_bos: bool = False, template: str | None = CHATML, words: int = 320
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with 320 ids, or fewer; pad = eos = `<|im_end|>`, which is the trap."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=words,
         special_tokens=["<|bos|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -11,7 +11,7 @@ import orjson
 from fastapi import APIRouter, Depends, Header, Request, Response
 
 from densereward.errors import ClientGone, DeadlineExceeded, Unauthorized
-from densereward.pipeline import Pipeline, Scores, Work
+from densereward.pipeline import Scorer
 from densereward.routes.reading import body_of, read
 from densereward.service import Service
 from densereward.settings import ServerSettings
@@ -86,13 +86,13 @@ async def _score(service: Service, body: bytes, kind: type[RewardsRequest], max_
     return await asyncio.to_thread(_encode, pipeline, work, scored)
 
 
-def _prepare(service: Service, body: bytes, kind: type[RewardsRequest], max_samples: int) -> tuple[Pipeline, Work]:
+def _prepare(service: Service, body: bytes, kind: type[RewardsRequest], max_samples: int) -> tuple[Scorer, Any]:
     request, samples = read(body, kind, max_samples)
-    pipeline = service.pipeline_for(request.model)
+    pipeline: Scorer = service.pipeline_for(request)
     return pipeline, pipeline.prepare(request, samples)
 
 
-def _encode(pipeline: Pipeline, work: Work, scored: Scores) -> bytes:
+def _encode(pipeline: Scorer, work: Any, scored: Any) -> bytes:
     """The answer's bytes, item by item: an encoder holds the interpreter as long as a parser does."""
     answer = pipeline.answer(work, scored)
     items = [orjson.Fragment(orjson.dumps(item, option=orjson.OPT_SERIALIZE_NUMPY)) for item in answer["data"]]

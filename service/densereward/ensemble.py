@@ -1,0 +1,201 @@
+"""Several reward models as one: each scores the same samples, and their rewards meet on the same trainer's tokens.
+
+With z_m = (R_m - mean_m) / deviation_m, the ensemble's reward is a weighted sum, and its token rewards and baseline
+are the models' own with the same weights, so that their sum is the ensemble's reward exactly:
+
+    mean          mean z_m                          w_m = 1 / M
+    min           the lowest z_m                    w_m = [m is the lowest]                 (WCO, arXiv 2310.02743)
+    uncertainty   mean z_m - penalty * var z_m      w_m = (1 - penalty * (z_m - mean z)) / M   (UWO, same)
+
+var z = mean z_m (z_m - mean z), so the last row is an identity and no approximation. Models with other tokenizers meet
+on the trainer's `response_spans`, or where it sent none on the first model's tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from densereward.align import Aligned
+from densereward.answer import encoder
+from densereward.errors import DenseRewardError, InvalidRequest
+from densereward.pipeline import Pipeline, Samples, Scores, Work
+from densereward_client.wire import Ensemble, RewardsRequest, Sample, TokenRewardsRequest
+
+__all__ = ["EnsemblePipeline"]
+
+_SUMMED = ("prompt_tokens", "response_tokens", "forward_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class _Works:
+    """A request on its way through all the models."""
+
+    request: RewardsRequest
+    each: Sequence[Work]
+
+
+class EnsemblePipeline:
+    """Several pipelines, called as one.
+
+    Args:
+        name: what the answer calls it.
+        members: the models, at least two.
+        ensemble: how their rewards are combined.
+    """
+
+    def __init__(self, name: str, members: Sequence[Pipeline], ensemble: Ensemble) -> None:
+        self.name = name
+        self._members = members
+        self._ensemble = ensemble
+        identity = repr([*(member.fingerprint for member in members), ensemble.model_dump()])
+        self.fingerprint = f"fp-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+        if isinstance(ensemble.normalize, Mapping):
+            names = [member.name for member in members]
+            if missing := sorted(set(names) ^ ensemble.normalize.keys()):
+                raise InvalidRequest(
+                    f"ensemble.normalize must name each of {', '.join(names)}, and nothing else; look at "
+                    f"{', '.join(missing)}",
+                    code="invalid_ensemble",
+                    field="ensemble",
+                )
+
+    def prepare(self, request: RewardsRequest, samples: Samples) -> _Works:
+        """All that comes before the engines. Blocks; for a thread.
+
+        Raises:
+            DenseRewardError: what could not be served, and what to do next.
+        """
+        asked = self._for_a_member(request)
+        first = self._members[0].prepare(asked, samples)
+        works = [first]
+        for member in self._members[1:]:
+            shared = [self._shared(member, *each) for each in zip(samples, first.aligned, strict=True)]
+            works.append(member.prepare(asked, shared))
+        return _Works(request, works)
+
+    async def score(self, work: _Works) -> list[Scores]:
+        """Every model's scores, all at once.
+
+        Raises:
+            DenseRewardError: what could not be served, and what to do next.
+        """
+        pairs = zip(self._members, work.each, strict=True)
+        return list(await asyncio.gather(*(member.score(each) for member, each in pairs)))
+
+    def answer(self, work: _Works, scores: Sequence[Scores]) -> dict[str, Any]:
+        """All that comes after the engines. Blocks; for a thread.
+
+        Raises:
+            DenseRewardError: what could not be served, and what to do next.
+        """
+        answers = [
+            member.answer(own, found) for member, own, found in zip(self._members, work.each, scores, strict=True)
+        ]
+        request = work.request
+        encode = encoder(request.encoding_format) if isinstance(request, TokenRewardsRequest) else None
+        items = [self._item(parts, encode) for parts in zip(*(answer["data"] for answer in answers), strict=True)]
+        usage = {name: sum(answer["usage"][name] for answer in answers) for name in _SUMMED}
+        return answers[0] | {
+            "data": items,
+            "usage": usage,
+            "timing": {name: max(answer["timing"][name] for answer in answers) for name in answers[0]["timing"]},
+            "model": self.name,
+            "fingerprint": self.fingerprint,
+        }
+
+    def _for_a_member(self, request: RewardsRequest) -> RewardsRequest:
+        """The request as each model gets it: plain numbers, nothing that only one model could answer."""
+        if not isinstance(request, TokenRewardsRequest):
+            return request
+        if request.include:
+            raise InvalidRequest(
+                "an ensemble has no tokens, scores or segments of its own; ask one of its models",
+                code="invalid_ensemble",
+                field="include",
+            )
+        for asked in request.method_requests("red"):
+            if {"normalize", "clip"} & asked.params.keys():
+                raise InvalidRequest(
+                    f"method {asked.key}: in an ensemble, `normalize` belongs to `ensemble`, and nothing is clipped",
+                    code="invalid_ensemble",
+                    field="methods",
+                )
+        return request.model_copy(update={"encoding_format": "float"})
+
+    def _shared(
+        self, member: Pipeline, sample: Sample | DenseRewardError, aligned: Aligned | DenseRewardError
+    ) -> Sample | DenseRewardError:
+        """The sample for another model than the first, its rewards wanted on the same tokens."""
+        if isinstance(aligned, DenseRewardError) or isinstance(sample, DenseRewardError):
+            return sample
+        same = member.card.tokenizer_fingerprint == self._members[0].card.tokenizer_fingerprint
+        if same:
+            return sample
+        if sample.prompt_token_ids is not None or sample.response_token_ids is not None:
+            return InvalidRequest(
+                f"ids are {self._members[0].name}'s tokens, and {member.name} has others; give `messages` or `prompt`, "
+                "and `response` as text",
+                code="ids_of_another_model",
+            )
+        if sample.response_spans is not None:
+            return sample
+        if aligned.spans is None:
+            return InvalidRequest(
+                f"the bytes of {self._members[0].name}'s tokens cannot be known; give `response_spans`", code="no_spans"
+            )
+        return sample.model_copy(update={"response_spans": aligned.spans})
+
+    def _item(self, parts: Sequence[dict[str, Any]], encode: Any) -> dict[str, Any]:
+        """One sample's answers as one."""
+        if failed := next((part for part in parts if "error" in part), None):
+            return failed
+        rewards = {member.name: part["reward"] for member, part in zip(self._members, parts, strict=True)}
+        means, deviations = self._scales(list(rewards))
+        z = (np.array(list(rewards.values())) - means) / deviations
+        weights = _weights(z, self._ensemble)
+        item = parts[0] | {
+            "reward": float(weights @ z),
+            "rewards": rewards,
+            "disagreement": float(z.std()),
+            "warnings": list(dict.fromkeys(warning for part in parts for warning in part["warnings"])),
+        }
+        if encode is None:
+            return item
+        for name in ("attention_mass", "passes", "standard_error"):
+            item.pop(name, None)
+        share = weights / deviations
+        token_rewards, baseline = {}, {}
+        for key in parts[0]["token_rewards"]:
+            each = np.stack([part["token_rewards"][key].astype(np.float64) for part in parts])
+            left_out = np.array([part["baseline"][key] for part in parts]) - means
+            token_rewards[key] = encode((share @ each).astype(np.float32))
+            baseline[key] = float(share @ left_out)
+        return item | {"token_rewards": token_rewards, "baseline": baseline}
+
+    def _scales(self, names: Sequence[str]) -> tuple[Float64[np.ndarray, " M"], Float64[np.ndarray, " M"]]:
+        """Mean and deviation of each model's rewards, as they are to be taken off."""
+        given = self._ensemble.normalize
+        if given is None:
+            return np.zeros(len(names)), np.ones(len(names))
+        if given == "running":
+            pairs = [(member.spread.mean(), member.spread.deviation()) for member in self._members]
+        else:
+            pairs = [given[name] for name in names]
+        return np.array([mean for mean, _ in pairs]), np.array([deviation for _, deviation in pairs])
+
+
+def _weights(z: Float64[np.ndarray, " M"], ensemble: Ensemble) -> Float64[np.ndarray, " M"]:
+    """What each model's normalised reward counts."""
+    if ensemble.how == "min":
+        lowest: Float64[np.ndarray, " M"] = np.eye(len(z))[int(z.argmin())]
+        return lowest
+    penalty = ensemble.penalty if ensemble.how == "uncertainty" else 0.0
+    weights: Float64[np.ndarray, " M"] = (1 - penalty * (z - z.mean())) / len(z)
+    return weights
