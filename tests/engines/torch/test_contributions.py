@@ -128,13 +128,14 @@ def test_gradients_are_the_scores_change_along_the_embedding(folder: Path) -> No
 
 def test_a_model_whose_second_run_scores_differently_serves_no_contributions(tmp_path: Path) -> None:
     engine = TorchEngine.load(str(tiny.save(tmp_path)), device="cpu")
-    before: Any = engine._model.model.layers[
-        0
-    ].register_forward_pre_hook(  # mixes neighbours, as a convolution would
+    assert {Contributions(), Contributions(-1), Gradients()} <= engine.provides
+    first: Any = engine._model.model.layers[0]
+    mixing = first.register_forward_pre_hook(  # neighbours, as a convolution would
         lambda _, args, kwargs: ((args[0] + args[0].roll(1, dims=1), *args[1:]), kwargs), with_kwargs=True
     )
     asked = ScoringInput(IDS, PROMPT, RESPONSE, LAST, needs=frozenset([Contributions(-1)]))
     with pytest.raises(EngineFailure, match="cannot serve contributions"):
         engine.forward([asked])
-    before.remove()
+    assert not {Contributions(), Contributions(-1)} & TorchEngine(engine._model).provides
+    mixing.remove()
     engine.forward([asked])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ from densereward.errors import EngineFailure
 from densereward.heads.bradley_terry import BradleyTerryHead
 
 __all__ = ["TorchEngine"]
+
+logger = logging.getLogger("densereward")
 
 
 # On a CPU, larger passes gain nothing; a GPU needs them to be busy.
@@ -96,6 +99,20 @@ class TorchEngine:
             pair_cost=_pair_cost(model),
             weights_fingerprint=weights_fingerprint(model),
         )
+        layers = range(-self.facts.layers, self.facts.layers)
+        contributed = [Contributions(), *(Contributions(layer) for layer in layers)]
+        kinds: list[list[Need]] = [[*contributed], [Gradients()]]
+        self._differentiated = frozenset(need for needs in kinds if self._can_give(needs[0]) for need in needs)
+
+    def _can_give(self, need: Need) -> bool:
+        """Whether a few tokens get through."""
+        probe = ScoringInput([0, 1, 2, 3], 1, 3, 3, needs=frozenset([need]))
+        try:
+            self.forward([probe])
+        except EngineFailure as failure:
+            logger.info("%s: %s", need, failure.message)
+            return False
+        return True
 
     @classmethod
     def load(
@@ -121,11 +138,10 @@ class TorchEngine:
 
     @property
     def provides(self) -> frozenset[Need]:
-        """Prefix scores, open and closed, and in every layer all that can be kept of it."""
+        """Prefix scores, open and closed, in every layer all that can be kept of it, and what can be differentiated."""
         layers = range(-self.facts.layers, self.facts.layers)
-        kinds = (AttentionRow, Contributions, ReceivedAttention)
-        in_layers = (kind(layer) for kind in kinds for layer in layers)
-        return frozenset([PrefixScores("open"), PrefixScores("closed"), Contributions(), Gradients(), *in_layers])
+        in_layers = (kind(layer) for kind in (AttentionRow, ReceivedAttention) for layer in layers)
+        return frozenset([PrefixScores("open"), PrefixScores("closed"), *in_layers]) | self._differentiated
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         """Score a batch in one pass, or a sequence that is too long for one in pieces.
