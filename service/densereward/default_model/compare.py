@@ -26,6 +26,7 @@ from densereward.default_model.evaluate import Marked, read_marked, text_metrics
 from densereward.default_model.metrics import Floats
 from densereward.default_model.plot import Mark, draw
 from densereward.default_model.scoring import Scorer, TextRewards
+from densereward.methods import METHODS
 
 ONE_PASS: tuple[dict[str, Any], ...] = (
     {"label": "red, open", "name": "red"},
@@ -45,6 +46,7 @@ SEVERAL_PASSES: tuple[dict[str, Any], ...] = (
     {"label": "occlusion", "name": "occlusion"},
     {"label": "shapley", "name": "shapley", "orders": 2},
 )
+_PASSES = {each["label"]: METHODS[each["name"]].passes for each in (*ONE_PASS, *SEVERAL_PASSES)}
 TIMED_TEXTS = 64
 ROUNDS = 3
 
@@ -62,16 +64,17 @@ Times are of whole requests on one thread, medians of interleaved rounds, each m
 
 ![AUROC by method]({plot})
 
-## Offensive words in {marked} comments
+## Offensive words in comments
 
-SemEval 2021 task 5, trial part, texts of fewer than 400 characters.
+SemEval 2021 task 5, trial part, texts of fewer than 400 characters: {marked}, of which {both} have marked tokens and
+others.
 
 {tokens}
 
-## Errors of fact in {answers} answers
+## Errors of fact in answers
 
-FineGrainedRLHF, qa_feedback, first prediction, any kind of error; the question is the prompt. The model has never been
-taught facts, and it shows.
+FineGrainedRLHF, qa_feedback, first prediction, any kind of error; the question is the prompt. {answers} answers, of
+which {wrong} have marked tokens and others. The model has never been taught facts, and it shows.
 
 {errors}
 """
@@ -115,7 +118,7 @@ def rows(items: Sequence[Marked], scored: Sequence[TextRewards], times: dict[str
         Row(
             name,
             np.array([text_metrics(item, result, name) for item, result in zip(items, scored, strict=True)]).T,
-            float(np.mean([result.passes.get(name, 1) for result in scored])),
+            float(np.mean([result.passes.get(name, _PASSES[name]) for result in scored])),
             times.get(name),
         )
         for name in scored[0].rewards
@@ -160,7 +163,13 @@ def compare(data: Path, model: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "comparison.svg").write_text(plot({"offensive words": found, "errors of fact": errors}), encoding="utf-8")
     page = _PAGE.format(
-        plot="comparison.svg", marked=len(comments), answers=len(answers), tokens=table(found), errors=table(errors)
+        plot="comparison.svg",
+        marked=len(comments),
+        both=len(found[0].auroc),
+        answers=len(answers),
+        wrong=len(errors[0].auroc),
+        tokens=table(found),
+        errors=table(errors),
     )
     (output / "comparison.md").write_text(page, encoding="utf-8")
     print(page)

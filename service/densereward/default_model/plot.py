@@ -8,7 +8,7 @@ from xml.etree import ElementTree as Xml
 
 __all__ = ["Mark", "draw"]
 
-_LEFT, _RIGHT, _TOP, _STEP, _PLOT = 210, 30, 60, 24, 460
+_LEFT, _RIGHT, _TOP, _STEP, _PLOT = 210.0, 30.0, 60.0, 24.0, 460.0
 _COLOURS = ("#0072b2", "#d55e00", "#009e73")
 
 
@@ -27,7 +27,11 @@ def draw(title: str, series: Mapping[str, Sequence[Mark]], low: float = 0.3, hig
     names = list(dict.fromkeys(mark.name for marks in series.values() for mark in marks))
     width, height = _LEFT + _PLOT + _RIGHT, _TOP + _STEP * len(names) + 70
     root = Xml.Element(
-        "svg", xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", width=str(width), height=str(height)
+        "svg",
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {width:g} {height:g}",
+        width=f"{width:g}",
+        height=f"{height:g}",
     )
     Xml.SubElement(root, "rect", width="100%", height="100%", fill="white")
 
@@ -35,7 +39,7 @@ def draw(title: str, series: Mapping[str, Sequence[Mark]], low: float = 0.3, hig
         return _LEFT + _PLOT * (min(max(value, low), high) - low) / (high - low)
 
     bottom = _TOP + _STEP * len(names)
-    _text(root, _LEFT, 28, title, "start", 15)
+    _text(root, _LEFT, 28.0, title, "start", 15)
     for tick in (low + (high - low) * part / 6 for part in range(7)):
         dashes = "4 3" if abs(tick - 0.5) < 1e-9 else "none"
         _line(root, at(tick), _TOP - 8, at(tick), bottom, "#555" if dashes != "none" else "#ddd", dashes)
@@ -47,8 +51,8 @@ def draw(title: str, series: Mapping[str, Sequence[Mark]], low: float = 0.3, hig
         for mark in marks:
             y = _TOP + _STEP * names.index(mark.name) + 5 + 7 * index
             _line(root, at(mark.low), y, at(mark.high), y, colour)
-            Xml.SubElement(root, "circle", cx=f"{at(mark.value):.1f}", cy=f"{y}", r="4", fill=colour)
-        Xml.SubElement(root, "circle", cx=str(_LEFT + 170 * index), cy=str(bottom + 42), r="4", fill=colour)
+            Xml.SubElement(root, "circle", cx=f"{at(mark.value):.1f}", cy=f"{y:g}", r="4", fill=colour)
+        Xml.SubElement(root, "circle", cx=f"{_LEFT + 170 * index:g}", cy=f"{bottom + 42:g}", r="4", fill=colour)
         _text(root, _LEFT + 10 + 170 * index, bottom + 46, label, "start")
     return Xml.tostring(root, encoding="unicode") + "\n"
 
