@@ -155,14 +155,18 @@ class MethodRequest(BaseModel):
         return dict(self.model_extra or {})
 
 
+_Mean = Annotated[float, Field(ge=-1e6, le=1e6)]
+_Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
+
+
 class Ensemble(_Request):
-    """How several models' rewards become one, each less its mean and over its deviation."""
+    """How several models' rewards become one; with `normalize`, each first less its mean and over its deviation."""
 
     how: Literal["mean", "min", "uncertainty"] = Field(
         "mean", description="uncertainty: the mean less `penalty` times the variance between the models."
     )
-    penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
-    normalize: Literal["running"] | dict[str, tuple[FiniteFloat, Annotated[float, Field(gt=0)]]] | None = Field(
+    penalty: Annotated[float, Field(ge=0, le=1e3)] = 0.1
+    normalize: Literal["running"] | dict[str, tuple[_Mean, _Deviation]] | None = Field(
         None,
         description="Mean and deviation of each model's rewards: given by its name, or of all that it gave so far.",
     )
@@ -229,7 +233,7 @@ class SampleReward(_Item):
 
 
 class Segment(_Answer):
-    """A stretch of the response, [start, end) in the tokens that the rewards are on."""
+    """A stretch of the response, [start, end) in the tokens that the rewards are on; its score is not scaled."""
 
     start: int
     end: int

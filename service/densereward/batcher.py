@@ -38,7 +38,7 @@ class Batcher:
     def __init__(self, engine: Engine, *, max_batch_tokens: int, max_queue_tokens: int, metrics: Metrics) -> None:
         self._engine = engine
         self._max_batch_tokens = max_batch_tokens
-        self._max_queue_tokens = max_queue_tokens
+        self.max_queue_tokens = max_queue_tokens
         self._metrics = metrics
         self._lines = Lines(max_batch_tokens, engine.facts.pair_cost, metrics)
         self._speed = _Speed()
@@ -88,21 +88,21 @@ class Batcher:
     def _admit(self, tokens: int) -> None:
         if self._closing or self._task.done():
             raise NotReady("the server is shutting down; try another one", retry_after=1.0, code="draining")
-        if tokens > self._max_queue_tokens:
+        if tokens > self.max_queue_tokens:
             raise TooLarge(
-                f"the request holds {tokens} tokens and the queue {self._max_queue_tokens}; send it in parts",
+                f"the request holds {tokens} tokens and the queue {self.max_queue_tokens}; send it in parts",
                 tokens=tokens,
-                limit=self._max_queue_tokens,
+                limit=self.max_queue_tokens,
             )
-        beyond = self._lines.tokens + tokens - self._max_queue_tokens
+        beyond = self._lines.tokens + tokens - self.max_queue_tokens
         if beyond > 0:
             wait = max(self._speed.seconds(beyond), _SHORTEST_WAIT)
             raise Overloaded(
-                f"{self._lines.tokens} tokens are waiting and the queue holds {self._max_queue_tokens}; try again in "
+                f"{self._lines.tokens} tokens are waiting and the queue holds {self.max_queue_tokens}; try again in "
                 f"{wait:.1f} s",
                 retry_after=wait,
                 tokens=tokens,
-                limit=self._max_queue_tokens,
+                limit=self.max_queue_tokens,
             )
 
     async def _work(self) -> None:

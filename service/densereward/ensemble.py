@@ -1,7 +1,8 @@
 """Several reward models as one: each scores the same samples, and their rewards meet on the same trainer's tokens.
 
-With z_m = (R_m - mean_m) / deviation_m, the ensemble's reward is a weighted sum, and its token rewards and baseline
-are the models' own with the same weights, so that their sum is the ensemble's reward exactly:
+With z_m = (R_m - mean_m) / deviation_m, or R_m itself where `normalize` is not given, the ensemble's reward is a
+weighted sum, and its token rewards and baseline are the models' own with the same weights, so that their sum is the
+ensemble's reward exactly:
 
     mean          mean z_m                          w_m = 1 / M
     min           the lowest z_m                    w_m = [m is the lowest]                 (WCO, arXiv 2310.02743)
@@ -16,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +26,18 @@ from jaxtyping import Float64
 
 from densereward.align import Aligned
 from densereward.answer import encoder
-from densereward.errors import DenseRewardError, InvalidRequest
+from densereward.errors import DenseRewardError, EngineFailure, InvalidRequest
 from densereward.pipeline import Pipeline, Samples, Scores, Work
+from densereward.slots import check_sum
 from densereward_client.wire import Ensemble, RewardsRequest, Sample, TokenRewardsRequest
 
 __all__ = ["EnsemblePipeline"]
 
 _SUMMED = ("prompt_tokens", "response_tokens", "forward_tokens")
+
+
+_Scales = tuple[Float64[np.ndarray, " M"], Float64[np.ndarray, " M"]]
+"""Means and deviations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +94,13 @@ class EnsemblePipeline:
             DenseRewardError: what could not be served, and what to do next.
         """
         pairs = zip(self._members, work.each, strict=True)
-        return list(await asyncio.gather(*(member.score(each) for member, each in pairs)))
+        scoring = [asyncio.ensure_future(member.score(each)) for member, each in pairs]
+        try:
+            return list(await asyncio.gather(*scoring))
+        finally:  # where one model refuses, the others need not go on
+            for each in scoring:
+                each.cancel()
+            await asyncio.gather(*scoring, return_exceptions=True)
 
     def answer(self, work: _Works, scores: Sequence[Scores]) -> dict[str, Any]:
         """All that comes after the engines. Blocks; for a thread.
@@ -100,7 +113,10 @@ class EnsemblePipeline:
         ]
         request = work.request
         encode = encoder(request.encoding_format) if isinstance(request, TokenRewardsRequest) else None
-        items = [self._item(parts, encode) for parts in zip(*(answer["data"] for answer in answers), strict=True)]
+        scales = self._scales()
+        items = [
+            self._item(parts, scales, encode) for parts in zip(*(answer["data"] for answer in answers), strict=True)
+        ]
         usage = {name: sum(answer["usage"][name] for answer in answers) for name in _SUMMED}
         return answers[0] | {
             "data": items,
@@ -133,18 +149,18 @@ class EnsemblePipeline:
         self, member: Pipeline, sample: Sample | DenseRewardError, aligned: Aligned | DenseRewardError
     ) -> Sample | DenseRewardError:
         """The sample for another model than the first, its rewards wanted on the same tokens."""
-        if isinstance(aligned, DenseRewardError) or isinstance(sample, DenseRewardError):
+        if isinstance(sample, DenseRewardError):
+            return copy(sample)  # each model writes the sample's place into its own
+        if isinstance(aligned, DenseRewardError):
             return sample
         same = member.card.tokenizer_fingerprint == self._members[0].card.tokenizer_fingerprint
-        if same:
-            return sample
-        if sample.prompt_token_ids is not None or sample.response_token_ids is not None:
+        if not same and (sample.prompt_token_ids is not None or sample.response_token_ids is not None):
             return InvalidRequest(
                 f"ids are {self._members[0].name}'s tokens, and {member.name} has others; give `messages` or `prompt`, "
                 "and `response` as text",
                 code="ids_of_another_model",
             )
-        if sample.response_spans is not None:
+        if sample.response_spans is not None or sample.response is None:
             return sample
         if aligned.spans is None:
             return InvalidRequest(
@@ -152,20 +168,25 @@ class EnsemblePipeline:
             )
         return sample.model_copy(update={"response_spans": aligned.spans})
 
-    def _item(self, parts: Sequence[dict[str, Any]], encode: Any) -> dict[str, Any]:
+    def _item(self, parts: Sequence[dict[str, Any]], scales: _Scales, encode: Any) -> dict[str, Any]:
         """One sample's answers as one."""
         if failed := next((part for part in parts if "error" in part), None):
             return failed
         rewards = {member.name: part["reward"] for member, part in zip(self._members, parts, strict=True)}
-        means, deviations = self._scales(list(rewards))
+        means, deviations = scales
         z = (np.array(list(rewards.values())) - means) / deviations
         weights = _weights(z, self._ensemble)
+        reward = float(weights @ z)
         item = parts[0] | {
-            "reward": float(weights @ z),
+            "reward": reward,
             "rewards": rewards,
             "disagreement": float(z.std()),
-            "warnings": list(dict.fromkeys(warning for part in parts for warning in part["warnings"])),
+            "warnings": [
+                *dict.fromkeys(warning for part in parts for warning in part["warnings"]),
+                *self._notices(weights),
+            ],
         }
+        check_sum(np.zeros(0, np.float32), reward, reward)
         if encode is None:
             return item
         for name in ("attention_mass", "passes", "standard_error"):
@@ -173,21 +194,34 @@ class EnsemblePipeline:
         share = weights / deviations
         token_rewards, baseline = {}, {}
         for key in parts[0]["token_rewards"]:
-            each = np.stack([part["token_rewards"][key].astype(np.float64) for part in parts])
+            each = [part["token_rewards"][key].astype(np.float64) for part in parts]
+            if len({len(own) for own in each}) > 1:
+                raise EngineFailure(f"the models gave {[len(own) for own in each]} rewards for one sample's tokens")
             left_out = np.array([part["baseline"][key] for part in parts]) - means
-            token_rewards[key] = encode((share @ each).astype(np.float32))
+            combined = (share @ np.stack(each)).astype(np.float32)
             baseline[key] = float(share @ left_out)
+            check_sum(combined, baseline[key], reward)
+            token_rewards[key] = encode(combined)
         return item | {"token_rewards": token_rewards, "baseline": baseline}
 
-    def _scales(self, names: Sequence[str]) -> tuple[Float64[np.ndarray, " M"], Float64[np.ndarray, " M"]]:
-        """Mean and deviation of each model's rewards, as they are to be taken off."""
+    def _notices(self, weights: Float64[np.ndarray, " M"]) -> list[str]:
+        """What may surprise a trainer."""
+        notices = []
+        if self._ensemble.normalize is None:
+            notices.append("not_normalized: the models' rewards were combined as they are; see `ensemble.normalize`")
+        if (weights < 0).any():
+            notices.append("negative_weight: a model is so far above the mean that `penalty` turns its rewards round")
+        return notices
+
+    def _scales(self) -> _Scales:
+        """Mean and deviation of each model's rewards, as they are to be taken off; the same for all samples."""
         given = self._ensemble.normalize
         if given is None:
-            return np.zeros(len(names)), np.ones(len(names))
+            return np.zeros(len(self._members)), np.ones(len(self._members))
         if given == "running":
-            pairs = [(member.spread.mean(), member.spread.deviation()) for member in self._members]
+            pairs = [member.spread.measured() for member in self._members]
         else:
-            pairs = [given[name] for name in names]
+            pairs = [given[member.name] for member in self._members]
         return np.array([mean for mean, _ in pairs]), np.array([deviation for _, deviation in pairs])
 
 

@@ -30,8 +30,8 @@ from densereward.align import Aligned, Aligner
 from densereward.answer import envelope, error_item, reward_item, token_rewards_item
 from densereward.batcher import Batcher, Scored
 from densereward.capture import PREFIX_MODES, Captured, Need, PrefixScores, ScoringInput
-from densereward.engines.base import Engine
-from densereward.errors import DenseRewardError, EngineFailure, InvalidRequest
+from densereward.engines.base import TOLERANCE, Engine
+from densereward.errors import DenseRewardError, EngineFailure, InvalidRequest, TooLarge
 from densereward.metrics import Metrics
 from densereward.plans import Plan, availability, boundaries_of, needs_of, plan
 from densereward.spread import Spread
@@ -106,7 +106,7 @@ class Pipeline:
         self._aligner = aligner
         self._batcher = batcher
         self._metrics = metrics
-        self.spread = Spread()
+        self.spread = Spread(TOLERANCE[engine.facts.dtype])
         self.card = self._card()
         self.fingerprint = self._fingerprint()
 
@@ -185,7 +185,7 @@ class Pipeline:
         for each in plans:
             params = each.method.settle(captured, each.params)
             if params.normalize == "running" and captured:
-                params = params.model_copy(update={"normalize": self.spread.deviation()})
+                params = params.model_copy(update={"normalize": self.spread.measured()[1]})
             settled.append(replace(each, params=params))
         return settled
 
@@ -193,11 +193,14 @@ class Pipeline:
         self, request: RewardsRequest, samples: Samples, plans: Sequence[Plan], needs: frozenset[Need]
     ) -> list[Aligned | DenseRewardError]:
         aligned: list[Aligned | DenseRewardError] = []
+        several = any(plan.method.passes is None for plan in plans)
         for index, sample in enumerate(samples):
             try:
                 aligned.append(self._align_one(sample, plans, needs))
             except DenseRewardError as error:
                 aligned.append(_in_its_place(error, index, sample, request))
+            if several:
+                self._check_variants(aligned)
         return aligned
 
     def _align_one(self, sample: Sample | DenseRewardError, plans: Sequence[Plan], needs: frozenset[Need]) -> Aligned:
@@ -224,6 +227,19 @@ class Pipeline:
         for each in variants:
             self._aligner.check_length(each)
         return variants
+
+    def _check_variants(self, aligned: Sequence[Aligned | DenseRewardError]) -> None:
+        """Refuse a request as soon as its variants are more than the queue can hold, before more of them are made."""
+        tokens = sum(
+            each.forward_tokens for part in aligned if isinstance(part, Aligned) for each in chain(*part.variants)
+        )
+        if tokens > self._batcher.max_queue_tokens:
+            raise TooLarge(
+                f"the variants of the first {len(aligned)} samples hold {tokens} tokens and the queue "
+                f"{self._batcher.max_queue_tokens}; send fewer samples at once, or take larger units or fewer orders",
+                tokens=tokens,
+                limit=self._batcher.max_queue_tokens,
+            )
 
     def _checked(self, work: Work, index: int, result: Outcome | DenseRewardError) -> Outcome | DenseRewardError:
         result = _finite(result)

@@ -45,7 +45,7 @@ def plan(request: TokenRewardsRequest, engine: Engine) -> list[Plan]:
         MethodUnavailable: no such method.
     """
     default = "red" if availability(engine)["red"].available else "abc"
-    plans = [_read(asked) for asked in request.method_requests(default)]
+    plans = [_read(asked, engine.facts.layers) for asked in request.method_requests(default)]
     keys = [each.key for each in plans]
     if repeated := sorted(key for key, count in Counter(keys).items() if count > 1):
         raise InvalidRequest(
@@ -95,7 +95,7 @@ def availability(engine: Engine) -> dict[str, MethodAvailability]:
     return rows
 
 
-def _read(asked: MethodRequest) -> Plan:
+def _read(asked: MethodRequest, layers: int) -> Plan:
     if asked.name not in METHODS:
         raise MethodUnavailable(
             f"no method named {asked.name!r}; there are {', '.join(METHODS)}", code="unknown_method", field="methods"
@@ -106,7 +106,19 @@ def _read(asked: MethodRequest) -> Plan:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise InvalidRequest(f"method {asked.name}: {problems}", code="invalid_params", field="methods") from error
+    _check_layers(asked, params, layers)
     return Plan(asked.key, method, params)
+
+
+def _check_layers(asked: MethodRequest, params: Params, layers: int) -> None:
+    """A layer that is named twice, from either end, would count twice."""
+    numbers = getattr(params, "layers", None)
+    if isinstance(numbers, list) and len({number % layers for number in numbers}) < len(numbers):
+        raise InvalidRequest(
+            f"method {asked.name}: layers {numbers} names a layer twice; the model has {layers}, -1 is {layers - 1}",
+            code="invalid_params",
+            field="methods",
+        )
 
 
 def _listed(needs: set[Need] | frozenset[Need]) -> str:

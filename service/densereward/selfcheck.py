@@ -8,13 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from densereward.capture import AttentionRow, Captured, PrefixScores, ScoringInput
-from densereward.engines.base import Engine
+from densereward.engines.base import TOLERANCE, Engine
 from densereward.errors import EngineFailure, ModelError
 
 __all__ = ["TOLERANCE", "self_check"]
-
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-"""How far a score may move with the batch around it, relative to the largest score: rounding, not more."""
 
 _LENGTHS = (1, 7, 33, 100)
 _PROMPT = 65  # long enough for an engine to keep it when it comes again

@@ -169,7 +169,17 @@ class Service:
         named = self.settings.ensembles
         if isinstance(request.model, str) and request.model in named:
             names, how = named[request.model]
-            asked = request.ensemble or Ensemble.model_validate({"how": how})
+            asked = (request.ensemble or Ensemble()).model_copy(update={"how": how})
+            if (
+                request.ensemble is not None
+                and "how" in request.ensemble.model_fields_set
+                and request.ensemble.how != how
+            ):
+                raise InvalidRequest(
+                    f"the ensemble {request.model!r} is made by {how!r}; give a list of models to choose another way",
+                    code="invalid_ensemble",
+                    field="ensemble",
+                )
             return EnsemblePipeline(request.model, [self._named(name) for name in names], asked)
         if isinstance(request.model, list):
             members = [self._named(name) for name in request.model]

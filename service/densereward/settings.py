@@ -85,6 +85,10 @@ class ModelSettings(BaseSettings):
                 raise ValueError(f"ensemble {text!r} names {', '.join(unknown)}; there are {', '.join(self.sources)}")
             if found[1] in self.sources:
                 raise ValueError(f"{found[1]!r} is a model and an ensemble")
+            if len(set(found[2].split("+"))) < len(found[2].split("+")):
+                raise ValueError(f"ensemble {text!r} has a model twice")
+        if len(self.ensembles) < len(self.ensemble):
+            raise ValueError(f"two ensembles have one name: {', '.join(self.ensemble)}")
         return self
 
     @property
@@ -96,11 +100,7 @@ class ModelSettings(BaseSettings):
     @property
     def sources(self) -> dict[str, str]:
         """Folder or hub id by the name a model is served under."""
-        pairs = [
-            (name, source) if source else (each, each)
-            for each in self.model
-            for name, _, source in [each.partition("=")]
-        ]
+        pairs = [_named(each.strip()) for each in self.model]
         return {self.model_name or name: source for name, source in pairs}
 
     @classmethod
@@ -116,6 +116,12 @@ class ModelSettings(BaseSettings):
         file = os.environ.get("DENSEREWARD_CONFIG")
         sources = (init_settings, env_settings, dotenv_settings, file_secret_settings)
         return (*sources, InitSettingsSource(settings_cls, _read(Path(file), settings_cls))) if file else sources
+
+
+def _named(model: str) -> tuple[str, str]:
+    """NAME=SOURCE as the two; anything else, a path with an equals sign in it too, is its own name."""
+    found = re.fullmatch(r"(\w[\w.-]*)=(.+)", model)
+    return (found[1], found[2]) if found else (model, model)
 
 
 def _read(file: Path, settings_cls: type[BaseSettings]) -> dict[str, object]:

@@ -17,7 +17,7 @@ from densereward.capture import Span
 from densereward.errors import EngineFailure, InvalidRequest
 from densereward.methods.base import Credit, Params
 
-__all__ = ["Placed", "Slots", "place", "slot_boundaries", "spread"]
+__all__ = ["Placed", "Slots", "check_sum", "place", "slot_boundaries", "spread"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,7 @@ def place(credit: Credit, reward: float, params: Params, slots: Slots, token_spa
         raise ValueError("the parameters were not settled")
     scale, beta = 1.0 / (params.normalize or 1.0), params.beta
     if not slots.count:
+        check_sum(np.zeros(0, np.float32), scale * reward, scale * reward)
         return Placed(np.zeros(0, np.float32), scale * reward, scale)
     dense = credit.rewards
     if credit.on == "tokens" and slots.spans is not None:
@@ -89,8 +90,9 @@ def place(credit: Credit, reward: float, params: Params, slots: Slots, token_spa
         within = placed.clip(-params.clip, params.clip)
         placed, clipped = within, float((placed - within).sum())
     baseline = scale * beta * credit.baseline + clipped
-    _check(placed, baseline, scale * reward)
-    return Placed(placed.astype(np.float32), baseline, scale, clipped)
+    rewards = placed.astype(np.float32)
+    check_sum(rewards, baseline, scale * reward)
+    return Placed(rewards, baseline, scale, clipped)
 
 
 def slot_boundaries(boundaries: Sequence[int], slots: Slots, token_spans: Sequence[Span] | None) -> list[int]:
@@ -144,11 +146,15 @@ def _move_to_kept(values: Float64[np.ndarray, " L"], kept: Sequence[int]) -> Flo
     return np.bincount(receivers, weights=values, minlength=len(values))
 
 
-def _check(rewards: Float64[np.ndarray, " L"], baseline: float, reward: float) -> None:
+def check_sum(rewards: Float32[np.ndarray, " L"], baseline: float, reward: float) -> None:
+    """What leaves must be finite and sum to the reward.
+
+    Raises:
+        EngineFailure: it does not.
+    """
+    total = rewards.sum(dtype=np.float64) + baseline
     if not (np.isfinite(rewards).all() and np.isfinite(baseline)):
         raise EngineFailure("a token reward is not finite", code="not_finite")
-    tolerance = 1e-6 * max(1.0, abs(reward), float(np.abs(rewards).sum()))
-    if abs(rewards.sum() + baseline - reward) > tolerance:
-        raise EngineFailure(
-            f"the token rewards sum to {rewards.sum() + baseline}, not to the reward {reward}", code="sum_mismatch"
-        )
+    tolerance = 1e-6 * max(1.0, abs(reward), float(np.abs(rewards).sum(dtype=np.float64)))
+    if abs(total - reward) > tolerance:
+        raise EngineFailure(f"the token rewards sum to {total}, not to the reward {reward}", code="sum_mismatch")

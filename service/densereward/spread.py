@@ -11,11 +11,20 @@ from densereward.errors import InvalidRequest
 __all__ = ["Spread"]
 
 
-class Spread:
-    """A running standard deviation (Welford's recurrence, so that no sum of squares loses digits). For any thread."""
+_FEWEST = 16
+"""Rewards before their spread says anything."""
 
-    def __init__(self) -> None:
+
+class Spread:
+    """A running standard deviation (Welford's recurrence, so that no sum of squares loses digits). For any thread.
+
+    Args:
+        noise: how far a reward may move by rounding, relative to its size; a spread within that is none.
+    """
+
+    def __init__(self, noise: float) -> None:
         self._lock = Lock()
+        self._noise = noise
         self._count = 0
         self._mean = 0.0
         self._squares = 0.0
@@ -29,23 +38,20 @@ class Spread:
                 self._mean += before / self._count
                 self._squares += before * (reward - self._mean)
 
-    def mean(self) -> float:
-        """The mean; 0 before the first reward."""
-        return self._mean
-
-    def deviation(self) -> float:
-        """The standard deviation, of a sample (divided by one less than there are).
+    def measured(self) -> tuple[float, float]:
+        """Mean and standard deviation (of a sample: divided by one less than there are).
 
         Raises:
-            InvalidRequest: all rewards so far were the same.
+            InvalidRequest: too few rewards so far, or all the same.
         """
         with self._lock:
-            count, squares = self._count, self._squares
-        if not (count > 1 and squares > 0):
+            count, mean, squares = self._count, self._mean, self._squares
+        deviation = math.sqrt(squares / max(count - 1, 1))
+        if count < _FEWEST or deviation <= self._noise * max(1.0, abs(mean)):
             raise InvalidRequest(
-                'normalize: "running" needs two different rewards, and this model has not given them yet; send more '
-                "samples or give a number",
+                f'normalize: "running" needs {_FEWEST} rewards that differ by more than rounding, and this model has '
+                f"given {count}, {deviation:.1e} apart; send more samples or give a number",
                 code="no_spread",
                 field="methods",
             )
-        return math.sqrt(squares / (count - 1))
+        return mean, deviation

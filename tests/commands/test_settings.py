@@ -144,6 +144,14 @@ def test_several_models_are_given_by_repeating_the_flag_or_with_commas_in_the_en
     monkeypatch.setenv("DENSEREWARD_MODEL", "default,b=some/model")
     assert _serve(run, seen).sources == {"default": "default", "b": "some/model"}
     assert _serve(run, seen, "--model", "x", "--model-name", "y").sources == {"y": "x"}
+    for path in ("/models/epoch=3/ckpt", "./lr=1e-5", "runs/lr=1e-5"):
+        assert _serve(run, seen, "--model", path).sources == {path: path}
+
+
+def test_a_file_is_scored_by_one_model(run: Run, config: Path, tmp_path: Path) -> None:
+    ended = run("score", config, "-o", tmp_path / "out.jsonl", "--model", "a", "--model", "b")
+    assert ended.status == 2
+    assert "give --model once" in ended.err
 
 
 @pytest.mark.parametrize(
@@ -154,6 +162,8 @@ def test_several_models_are_given_by_repeating_the_flag_or_with_commas_in_the_en
         (["--model", "a", "--ensemble", "e=a+b:min"], "names b; there are a"),
         (["--model", "a", "--ensemble", "e=a"], "is not of the form"),
         (["--model", "a", "--model", "b", "--ensemble", "a=a+b:mean"], "is a model and an ensemble"),
+        (["--model", "a", "--ensemble", "e=a+a:mean"], "has a model twice"),
+        (["--model=a", "--model=b", "--ensemble=e=a+b:mean", "--ensemble=e=a+b:min"], "one name"),
     ],
 )
 def test_names_that_leave_a_model_out_are_refused(run: Run, flags: list[str], message: str) -> None:

@@ -380,7 +380,7 @@ def test_drawn_shapley_values_come_near_the_exact_ones_and_always_sum_to_what_th
     ids = [5, 6, 7, 8, 5, 9, 10, 11, 6]
     response = Response(9, 9, ids=ids)
     few, _ = scored("shapley", response, unit="token", orders=2)
-    many, passes = scored("shapley", response, unit="token", orders=1000)
+    many, passes = scored("shapley", response, unit="token", orders=500)
     for each in (few, many):
         assert each.rewards.sum() + each.baseline == pytest.approx(game(ids))
     assert many.standard_error is not None
@@ -410,7 +410,7 @@ def test_owen_values_of_words_sum_to_the_shapley_values_of_their_sentences() -> 
     text = b"We go on. They stay at. You too of"
     spans = [(0, 2), (2, 5), (5, 9), (9, 14), (14, 19), (19, 23), (23, 27), (27, 31), (31, 34)]
     response = Response(9, 9, ids=[5, 6, 8, 7, 9, 10, 11, 6, 12], cuts=Cuts(lambda: text, spans, None))
-    words, _ = scored("shapley", response, within_sentences=True, orders=1000)
+    words, _ = scored("shapley", response, within_sentences=True, orders=500)
     sentences, _ = scored("shapley", response, unit="sentence")
     sums = words.rewards.reshape(3, 3).sum(axis=1)
     assert words.standard_error is not None

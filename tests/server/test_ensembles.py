@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 import tiny
 from densereward_client import Client
@@ -109,6 +111,21 @@ def test_base64_and_the_client_read_the_same(several: Api) -> None:
     assert answer.data[0].disagreement == pytest.approx(plain["disagreement"], abs=1e-5)
 
 
+def test_a_named_ensemble_stays_what_the_server_made_it(several: Api) -> None:
+    scales = {"one": [0, 1], "two": [0, 1]}
+    same = several.item(TEXT, model="safe", ensemble={"normalize": scales})
+    assert same["reward"] == pytest.approx(several.item(TEXT, model="safe")["reward"], abs=1e-6)
+    assert several.item(TEXT, model="safe")["warnings"][0].startswith("not_normalized:")
+    assert same["warnings"] == []
+    status, error = several.refusal([TEXT], model="safe", ensemble={"how": "mean"})
+    assert (status, error["code"]) == (422, "invalid_ensemble")
+
+
+def test_a_penalty_that_turns_a_models_rewards_round_is_told(several: Api) -> None:
+    item = several.item(TEXT, model=NAMES, ensemble={"how": "uncertainty", "penalty": 1000})
+    assert any(warning.startswith("negative_weight:") for warning in item["warnings"])
+
+
 @pytest.mark.parametrize(
     ("request_", "status", "code"),
     [
@@ -118,6 +135,8 @@ def test_base64_and_the_client_read_the_same(several: Api) -> None:
         ({"model": "one", "ensemble": {"how": "min"}}, 422, "invalid_ensemble"),
         ({"model": NAMES, "ensemble": {"how": "most"}}, 422, "invalid_request"),
         ({"model": NAMES, "ensemble": {"normalize": {"one": [0, 1]}}}, 422, "invalid_ensemble"),
+        ({"model": NAMES, "ensemble": {"how": "uncertainty", "penalty": 1e41}}, 422, "invalid_request"),
+        ({"model": NAMES, "ensemble": {"normalize": {"one": [0, 1e-300], "two": [0, 1]}}}, 422, "invalid_request"),
         ({"model": NAMES, "include": ["tokens"]}, 422, "invalid_ensemble"),
         ({"model": NAMES, "methods": [{"name": "red", "clip": 1}]}, 422, "invalid_ensemble"),
     ],
@@ -134,3 +153,19 @@ def test_ids_cannot_be_two_tokenizers_at_once_and_a_bad_sample_fails_alone(sever
     items = several.items([TEXT, ids], model=NAMES, on_error="item")
     assert "error" not in items[0]
     assert items[1]["error"]["code"] == "ids_of_another_model"
+
+
+def test_equal_vocabularies_that_cut_texts_differently_still_meet_on_the_same_tokens(tmp_path: Path) -> None:
+    """Only the pre-tokenizer differs, which no fingerprint of the vocabulary shows."""
+    one, two = tiny.save(tmp_path / "one"), tiny.save(tmp_path / "two", seed=3)
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.save_pretrained(two)
+    code = {"prompt": "Write.\n", "response": "def add(a, b):\n    return a + b\n"}
+    flags = ["--device", "cpu", "--model", f"one={one}", "--model", f"two={two}"]
+    with serving(tmp_path / "log", *flags) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        api = Api(http)
+        item = api.item(code, model=NAMES)
+        spans = api.item(code, model="one", include=["spans"])["spans"]
+        explicit = api.item(code | {"response_spans": spans}, model=NAMES)
+    np.testing.assert_allclose(item["token_rewards"]["red"], explicit["token_rewards"]["red"], atol=STEP)

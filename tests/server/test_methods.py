@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import time
 from typing import Any
 
 import numpy as np
@@ -260,6 +261,34 @@ def test_everything_can_be_divided_by_the_spread_of_the_rewards_so_far(api: Api)
     for name, scale in item["scale"].items():
         total = sum(item["token_rewards"][name]) + item["baseline"][name]
         assert total == pytest.approx(scale * item["reward"], abs=STEP)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "red", "normalize": 1e-40},
+        {"name": "red", "clip": 1e39},
+        {"name": "segment", "offset": 1e308},
+        {"name": "message", "threshold": -1e300},
+        {"name": "contribution", "layers": [-1, 2]},
+        {"name": "abc", "layers": [0, 0]},
+    ],
+    ids=str,
+)
+def test_parameters_that_would_give_no_numbers_or_count_twice_are_refused(api: Api, method: Json) -> None:
+    status, error = api.refusal([SAMPLE], methods=[method])
+    assert (status, error["code"]) == (422, "invalid_params")
+
+
+def test_more_variants_than_the_queue_holds_are_refused_before_all_are_made(api: Api) -> None:
+    long = TEXT | {"response": "word " * 120}
+    started = time.perf_counter()
+    status, error = api.refusal([long] * 40, methods=[{"name": "shapley", "orders": 30}])
+    assert (status, error["code"]) == (413, "too_large")
+    assert "send fewer samples" in error["message"]
+    assert time.perf_counter() - started < 20
+    status, error = api.refusal([long], methods=[{"name": "shapley", "orders": 1000}])
+    assert (status, error["code"]) == (422, "too_many_units")
 
 
 def test_what_is_clipped_is_told(api: Api) -> None:

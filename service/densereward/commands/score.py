@@ -36,6 +36,8 @@ class Score(ModelSettings, cli_prog_name="densereward score", **FLAGS):
     @model_validator(mode="after")
     def _output_can_be_written(self) -> Score:
         """Found out before a model is loaded."""
+        if len(self.model) > 1:
+            raise ValueError("a file is scored by one model: give --model once")
         if not self.output.parent.is_dir():
             raise ValueError(f"there is no folder {self.output.parent}")
         if self.output.is_dir():

@@ -8,7 +8,11 @@ from typing import Protocol, runtime_checkable
 
 from densereward.capture import Captured, Need, ScoringInput
 
-__all__ = ["Engine", "EngineFacts"]
+__all__ = ["TOLERANCE", "Engine", "EngineFacts"]
+
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""How far a score may move with the batch around it, relative to the largest score: rounding, not more."""
 
 
 @dataclass(frozen=True, slots=True)

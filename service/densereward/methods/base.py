@@ -28,6 +28,7 @@ from densereward.errors import InvalidRequest
 __all__ = [
     "Beta",
     "Credit",
+    "Finite",
     "Layers",
     "Method",
     "Params",
@@ -39,8 +40,11 @@ __all__ = [
 ]
 
 Beta = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Layers = Literal["last"] | Annotated[list[int], Field(min_length=1)]
+Finite = Annotated[float, Field(ge=-1e6, le=1e6)]
+Positive = Annotated[float, Field(ge=1e-6, le=1e6)]
+"""No reward model has scores beyond these, and float32 keeps what is made of them."""
+
+Layers = Literal["last"] | Annotated[list[int], Field(min_length=1, max_length=256)]
 """The last layer, or layer numbers to average or to add up; negative ones count from the last."""
 
 

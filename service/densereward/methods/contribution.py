@@ -12,7 +12,7 @@ g is the gradient at the scored token alone, through everything that follows the
 norm, the score head), with every attention output held fixed. With several `layers` their contributions add up.
 
 Sum: That of c; `baseline` holds what came through the prompt, the closing tokens and the scored token's own residual
-stream. With `rescale`, R.
+stream. With `rescale`, R, unless every c is 0.
 
 Use: Where the reward is about what is said and not about how the response ends. On human annotations of offensive
 spans it finds the words better than every other method here (see the evaluation of the embedded model), in one pass.

@@ -24,14 +24,12 @@ Cost: One forward pass; with prefix_mode "closed", the closing tokens once for e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float64
-from pydantic import Field
 
 from densereward.capture import Captured, Need, PrefixMode, PrefixScores
-from densereward.methods.base import Credit, Method, Params, Positive, Response, Segment
+from densereward.methods.base import Credit, Finite, Method, Params, Positive, Response, Segment
 from densereward.methods.prefixes import scores_at, spread_evenly
 
 __all__ = ["Message", "MessageParams"]
@@ -48,7 +46,7 @@ class MessageParams(Params):
     """
 
     prefix_mode: PrefixMode = "open"
-    threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    threshold: Finite | None = None
     tau: Positive | None = None
 
 

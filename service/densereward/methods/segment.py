@@ -21,18 +21,14 @@ Cost: One forward pass. With prefix_mode "closed", the closing tokens once for e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import numpy as np
-from pydantic import Field
 
 from densereward.capture import Captured, Need, PrefixMode, PrefixScores
-from densereward.methods.base import Credit, Method, Params, Response, Segment
+from densereward.methods.base import Credit, Finite, Method, Params, Response, Segment
 from densereward.methods.prefixes import cuts_of, scores_at, spread_evenly
 
 __all__ = ["SegmentParams", "Segments"]
-
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class SegmentParams(Params):
@@ -46,9 +42,9 @@ class SegmentParams(Params):
     """
 
     prefix_mode: PrefixMode = "open"
-    entropy: _Finite = 2.0
-    slope: _Finite = 0.0
-    offset: _Finite = 0.0
+    entropy: Finite = 2.0
+    slope: Finite = 0.0
+    offset: Finite = 0.0
 
 
 class Segments(Method[SegmentParams]):

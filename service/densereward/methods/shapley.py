@@ -32,14 +32,18 @@ from jaxtyping import Bool, Float64, Int64
 from pydantic import Field, NonNegativeInt
 
 from densereward.capture import Captured
+from densereward.errors import InvalidRequest
 from densereward.methods.base import Credit, Method, Response, Segment
 from densereward.methods.prefixes import cuts_of
 from densereward.methods.units import UnitParams, Units
 
-__all__ = ["EXACT_UP_TO", "Shapley", "ShapleyParams"]
+__all__ = ["EXACT_UP_TO", "MOST_COALITIONS", "Shapley", "ShapleyParams"]
 
 EXACT_UP_TO = 8
 """Units whose every coalition is scored."""
+
+MOST_COALITIONS = 8192
+"""Passes for one response."""
 
 _Coalition = bytes
 
@@ -67,6 +71,16 @@ class Shapley(Method[ShapleyParams]):
     def variants(self, response: Response, params: ShapleyParams) -> Sequence[Sequence[int]]:
         """The response's coalitions, but for the whole."""
         units = Units.of(response, params)
+        drawn = 2 * params.orders * (len(units.stops) - 1)
+        if not _exact(units, params) and drawn > MOST_COALITIONS:
+            raise InvalidRequest(
+                f"{params.orders} orders of {len(units.stops)} units are up to {drawn} passes for one response, and "
+                f"{MOST_COALITIONS} is the most; take fewer orders or larger units",
+                code="too_many_units",
+                field="methods",
+                given=drawn,
+                limit=MOST_COALITIONS,
+            )
         present = [np.frombuffer(each, dtype=bool) for each in _coalitions(units, params)]
         return [units.without(each) for each in present]
 

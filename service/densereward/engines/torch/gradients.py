@@ -39,7 +39,7 @@ def gradients(model: Any, head: Any, sequence: ScoringInput, score: float) -> Fl
         again = head.scores(hidden[sequence.scored_position][None])
         (gradient,) = torch.autograd.grad(again.sum(), embedded)
         away = embedded.detach().float()
-        if padding is not None:
+        if padding is not None and 0 <= padding < embedding.num_embeddings:
             away = away - embedding(ids.new_tensor(padding)).detach().float()
     check_same(again.detach(), again.new_tensor([score]), hidden.dtype, "gradients")
     values = (gradient.float() * away).sum(dim=-1)[sequence.prompt_length : sequence.response_stop]
