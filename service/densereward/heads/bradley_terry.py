@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from densereward.errors import ModelError
+from densereward.heads.base import ScoreHead
 
 __all__ = ["BradleyTerryHead"]
 
 
-class BradleyTerryHead:
-    """The linear score layer, in float32 whatever the model's dtype.
+class BradleyTerryHead(ScoreHead):
+    """The linear score layer.
 
     Raises:
         ModelError: the model has no single-label score layer.

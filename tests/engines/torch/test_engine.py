@@ -234,7 +234,7 @@ def count_tokens(engine: TorchEngine, counts: list[int]) -> None:
         if isinstance(inputs["packed"], PackedBatch):
             counts.append(inputs["input_ids"].shape[1])
 
-    backbone: Any = engine._backbone
+    backbone: Any = engine._passes.backbone
     backbone.register_forward_pre_hook(count, with_kwargs=True)
 
 
@@ -275,7 +275,7 @@ def test_running_out_of_memory_is_an_error_that_says_what_to_set(monkeypatch: py
     def too_much(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(engine, "_backbone", too_much)
+    monkeypatch.setattr(engine._passes, "backbone", too_much)
     with pytest.raises(EngineFailure, match="--max-batch-tokens") as failure:
         engine.forward([sequence(9, 3)])
     assert failure.value.error_code == "out_of_memory"

@@ -75,6 +75,12 @@ class Placed:
         return places
 
     @property
+    def following(self) -> Int64[np.ndarray, " _"]:
+        """The token after each of them, where a head judges it."""
+        following = self.piece.whole.following
+        return following[self.read_slots] if len(following) else following
+
+    @property
     def scored(self) -> int:
         """Where the score is read."""
         return self.trunk.start + self.piece.whole.sequence.scored_position - len(self.shared)
@@ -109,7 +115,8 @@ class PackedBatch:
         groups: where sequences begin, if elsewhere, with the places of all the trunks that follow there.
         kept: keys from earlier passes, in the order of their places.
         grows: places whose keys are kept, and what they are added to.
-        read: every place the score head is read at, piece after piece.
+        read: every place the head is read at, piece after piece.
+        following: the token after each, for a head that judges it; otherwise empty.
         rows_of: indices of the pieces of whose scored tokens rows are kept.
         row_needs: the rows, of any of them, with layers counted from 0.
         row_keys: keys that scored tokens can look at, row after row.
@@ -130,6 +137,7 @@ class PackedBatch:
     kept: list[KeptKeys]
     grows: list[tuple[range, KeptKeys]]
     read: Int64[Tensor, " _"]
+    following: Int64[Tensor, " _"]
     rows_of: list[int]
     row_needs: frozenset[AttentionRow | Contributions]
     row_keys: Int64[Tensor, " K"]
@@ -185,6 +193,7 @@ def pack(
         positions,
         key_positions,
         np.concatenate([each.reads for each in row.placed]),
+        np.concatenate([each.following for each in row.placed]),
         np.concatenate([*keys, _places(_NOWHERE)]),
         np.repeat(np.arange(len(keys)), [len(each) for each in keys]),
         np.array([each.scored for each in rows], dtype=np.int64),
@@ -200,11 +209,12 @@ def pack(
         kept=row.kept,
         grows=list(_growing(row.placed, keep or {})),
         read=parts[3],
+        following=parts[4],
         rows_of=rows_of,
         row_needs=frozenset().union(*wanted),
-        row_keys=parts[4],
-        row_owner=parts[5],
-        scored=parts[6],
+        row_keys=parts[5],
+        row_owner=parts[6],
+        scored=parts[7],
         sums={(i, n): None for i, each in enumerate(row.placed) for n in _sum_layers(each.piece, layers)},
     )
 

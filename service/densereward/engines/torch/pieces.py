@@ -11,7 +11,7 @@ S tokens in the sequence, T in its response, c closing tokens, B closed prefixes
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import ceil
 
@@ -39,6 +39,7 @@ class WrittenOut:
         closed_at: [B], response tokens before each block, in order; empty where no closed prefix is needed.
         reads: where the head is read: R, then open s_0 (if there is a token before it) and s_1..s_T, then closed s_0
             (likewise) and one score a block.
+        following: the token after each read, for a head that judges it; otherwise empty.
     """
 
     sequence: ScoringInput
@@ -46,6 +47,7 @@ class WrittenOut:
     positions: Int64[np.ndarray, " N"]
     closed_at: Int64[np.ndarray, " B"]
     reads: Int64[np.ndarray, " R"]
+    following: Int64[np.ndarray, " _"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @property
     def length(self) -> int:

@@ -1,0 +1,162 @@
+"""Forward passes: many sequences in one, or a long one in several; what is read comes back in one copy a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from densereward.capture import Need
+from densereward.engines.torch.contributions import contributions
+from densereward.engines.torch.kept import KeptKeys, Prompt, PromptKeys
+from densereward.engines.torch.packing import PackedBatch, pack
+from densereward.engines.torch.pieces import Piece, WrittenOut, in_pieces
+from densereward.errors import EngineFailure
+from densereward.heads.base import Head
+
+__all__ = ["Passes", "Result"]
+
+_LONG_PROMPT = 64
+"""Tokens of a prompt that is worth looking up."""
+
+
+@dataclass(slots=True)
+class Result:
+    """What the passes give for one sequence.
+
+    Attributes:
+        whole: the sequence, written out.
+        reads: what the head says at each of its reads; filled piece by piece.
+        rows: the scored rows from the sequence's first token on, layers counted from 0.
+        sums: per layer, the attention that each token of the sequence received; added up piece by piece.
+    """
+
+    whole: WrittenOut
+    reads: Float32[np.ndarray, " R"] = field(init=False)
+    rows: dict[Need, Float32[np.ndarray, " L"]] = field(default_factory=dict)
+    sums: dict[int, Float32[np.ndarray, " S"]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.reads = np.full(len(self.whole.reads), np.nan, dtype=np.float32)
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt, as it is looked up."""
+        return tuple(self.whole.sequence.token_ids[: self.whole.sequence.prompt_length])
+
+    def receive(self, layer: int, sums: Float32[np.ndarray, " _"]) -> None:
+        """Add attention that the sequence's first tokens received."""
+        total = self.sums.setdefault(layer, np.zeros(self.whole.length, dtype=np.float32))
+        total[: len(sums)] += sums
+
+
+class Passes:
+    """Runs a decoder with a head on it, and owns the keys that are kept between passes.
+
+    Args:
+        model: loaded by `loading`.
+        head: what is read.
+        layers: how many the model has.
+        batch_tokens: tokens in one pass, beyond which a sequence runs in pieces.
+        prompt_cache: bytes for the keys of prompts that come again; 0 runs every prompt anew.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: Head, layers: int, batch_tokens: int, prompt_cache: int) -> None:
+        self.backbone: Any = model.base_model
+        self._head: Any = head
+        self._device = model.device
+        self._family = type(model).__name__
+        self._layers = layers
+        self._batch_tokens = batch_tokens
+        self._prompts = PromptKeys(prompt_cache)
+
+    def run(self, sequences: Sequence[WrittenOut]) -> list[Result]:
+        """One pass for all, or for a sequence that is too long for one a pass for each piece.
+
+        Raises:
+            EngineFailure: a pass failed.
+        """
+        results = [Result(each) for each in sequences]
+        with torch.inference_mode(), self.failures():
+            if len(results) == 1 and len(results[0].whole.ids) > self._batch_tokens:
+                for piece in in_pieces(results[0].whole, self._batch_tokens):
+                    self._run([piece], results)
+            else:
+                self._run_together(results)
+        return results
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """What torch raises, as what an engine raises.
+
+        Raises:
+            EngineFailure: torch failed.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self._prompts.clear()
+            raise EngineFailure(
+                "the device's memory is too small for this sequence; set --max-batch-tokens or --max-length lower",
+                code="out_of_memory",
+            ) from error
+        except RuntimeError as error:
+            raise EngineFailure(f"the forward pass failed: {error}") from error
+
+    def close(self) -> None:
+        """Let the model and the kept keys go."""
+        self.backbone = None
+        self._prompts.clear()
+
+    def _run_together(self, results: Sequence[Result]) -> None:
+        """One pass; prompts whose keys are kept do not run again, and those that come again are kept."""
+        prompts = {result.prompt: None for result in results if len(result.prompt) >= _LONG_PROMPT}
+        recalled = {prompt: self._prompts.recall(prompt) for prompt in prompts}
+        again = {prompt: self._prompts.comes_again(prompt) for prompt in prompts}
+        keep = {prompt: KeptKeys() for prompt in prompts if again[prompt] and recalled[prompt] is None}
+        pieces = [Piece.after(result.whole, recalled.get(result.prompt)) for result in results]
+        self._run(pieces, results, keep)
+        for prompt, kept in keep.items():
+            self._prompts.store(prompt, kept)
+
+    def _run(
+        self, pieces: Sequence[Piece], results: Sequence[Result], keep: Mapping[Prompt, KeptKeys] | None = None
+    ) -> None:
+        """One pass, one copy back: the head at every read place, then the kept rows."""
+        packed = pack(pieces, self._device, self._layers, keep)
+        hidden = self.backbone(
+            input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
+        ).last_hidden_state[0]
+        reads = self._head.read(hidden[packed.read], packed.following)
+        if packed.contributions:
+            scores = self._head.scores(hidden[packed.scored])
+            packed.rows.update(contributions(self.backbone, self._head, packed, scores))
+        if packed.row_needs != packed.rows.keys() or None in packed.sums.values():
+            raise EngineFailure(f"{self._family} did not run its attention in all the layers that are needed")
+        _hand_out(packed, results, reads)
+
+
+def _hand_out(packed: PackedBatch, results: Sequence[Result], reads: Float32[Tensor, " M"]) -> None:
+    """Bring what a pass gave to the host in one copy, and cut it into sequences."""
+    needs, places = list(packed.rows), list(packed.sums)
+    parts = [reads, *packed.rows.values(), *(each for each in packed.sums.values() if each is not None)]
+    on_host = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
+    read = key = 0
+    for result, placed in zip(results, packed.placed, strict=True):
+        slots = placed.read_slots
+        result.reads[slots] = on_host[0][read : read + len(slots)]
+        read += len(slots)
+    rows = dict(zip(needs, on_host[1 : 1 + len(needs)], strict=True))
+    for index in packed.rows_of:
+        length = results[index].whole.sequence.scored_position + 1
+        results[index].rows |= {need: row[key : key + length] for need, row in rows.items()}
+        key += length
+    for (index, layer), sums in zip(places, on_host[1 + len(needs) :], strict=True):
+        results[index].receive(layer, sums)
