@@ -21,14 +21,15 @@ from densereward.batcher import Batcher
 from densereward.engines.base import Engine
 from densereward.errors import DenseRewardError, InvalidRequest
 from densereward.metrics import Metrics
-from densereward.pipeline import Pipeline
+from densereward.pipeline import Pipeline, answer_to
 from densereward.service import load
 from densereward.settings import ModelSettings
 from densereward_client.wire import TokenRewardsRequest, TokenRewardsResponse
+from serving import NOT_BY_A_SCORE
 
 CLOSED = {"name": "red", "prefix_mode": "closed", "label": "red_closed"}
 VARYING = ["occlusion", "shapley"]
-METHODS = [name for name in methods.METHODS if name not in VARYING]
+METHODS = [name for name in methods.METHODS if name not in (*VARYING, *NOT_BY_A_SCORE)]
 
 
 class Offline:
@@ -46,7 +47,7 @@ class Offline:
         pipeline = Pipeline("tiny", self.engine, self.aligner, batcher, metrics)
         parsed = TokenRewardsRequest.model_validate({"samples": samples} | request)
         try:
-            answer = await pipeline.token_rewards(parsed, parsed.samples)
+            answer = await answer_to(pipeline, parsed, parsed.samples)
         finally:
             await batcher.close()
         return TokenRewardsResponse.model_validate(answer)

@@ -62,16 +62,18 @@ class Aligner:
         tokenizer: the model's transformers tokenizer.
         max_length: tokens in the longest sequence the model reads.
         vocabulary_size: token ids are below it.
+        needs_prompt: whether an empty prompt is refused.
 
     Raises:
         ModelError: the tokenizer or its template cannot be used.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, vocabulary_size: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, vocabulary_size: int, *, needs_prompt: bool = False) -> None:
         self.vocabulary = Vocabulary(tokenizer)
         self.template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
         self.max_length = max_length
         self._vocabulary_size = vocabulary_size
+        self._needs_prompt = needs_prompt
         if self.template is None:
             self.closing_ids = self.vocabulary.suffix_ids
         else:
@@ -108,9 +110,35 @@ class Aligner:
             closing_ids=self.closing_ids,
             needs=needs,
         )
+        if self._needs_prompt and not sequence.prompt_length:
+            raise InvalidRequest(
+                "a language model gives the first token of all no probability; give a prompt", code="empty_prompt"
+            )
         self.check_length(sequence)
         slots = _slots(sample, len(text.response_ids))
         return Aligned(sequence, slots, self._response(sample, text, slots), text.spans, text.warnings)
+
+    def instructed(self, sample: Sample, sequence: ScoringInput, instruction: str) -> ScoringInput:
+        """An aligned sample whose prompt begins with an instruction.
+
+        Raises:
+            InvalidRequest: there is no telling where in the prompt the instruction would go.
+        """
+        if sample.messages is not None:
+            first = sample.messages[0]
+            told = first.model_copy(update={"content": f"{instruction}\n\n{first.content}"})
+            sample = sample.model_copy(update={"messages": [told, *sample.messages[1:]]})
+        elif sample.prompt is not None and self.template is None:
+            sample = sample.model_copy(update={"prompt": f"{instruction}\n\n{sample.prompt}"})
+        else:
+            raise InvalidRequest(
+                "an instruction goes before the first message, and a prompt that is rendered already does not show "
+                "where that is; give `messages`",
+                code="needs_messages",
+                field="prompt" if sample.prompt is not None else "prompt_token_ids",
+            )
+        text = self._prompt_text(sample)
+        return sequence.with_prompt(self._with_bos(sample, self.vocabulary.prompt_ids(text)))
 
     def _response(self, sample: Sample, text: _Text, slots: Slots) -> Response:
         cuts = None

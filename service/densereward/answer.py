@@ -20,7 +20,7 @@ from densereward.slots import Placed, place, slot_boundaries
 from densereward.tokens import Vocabulary
 from densereward_client.wire import Sample, TokenRewardsRequest, encode_base64
 
-__all__ = ["encoder", "envelope", "error_item", "reward_item", "token_rewards_item"]
+__all__ = ["encoder", "envelope", "error_item", "reward_item", "token_rewards_item", "told"]
 
 Encode = Callable[[np.ndarray], Any]
 
@@ -73,7 +73,7 @@ def token_rewards_item(
     aligned: Aligned,
     captured: Captured,
     *,
-    variants: Sequence[Sequence[float]],
+    variants: Sequence[Sequence[Captured]],
     plans: Sequence[Plan],
     request: TokenRewardsRequest,
     vocabulary: Vocabulary,
@@ -87,14 +87,14 @@ def token_rewards_item(
     item = reward_item(index, sample, aligned, captured) | {"token_rewards": {}, "baseline": {}}
     if "segments" in request.include:
         item["segments"] = {}
-    for plan, scores in zip(plans, variants, strict=True):
-        credit = _credit(plan, aligned, replace(captured, variants=scores))
+    for plan, asked in zip(plans, variants, strict=True):
+        credit = _credit(plan, aligned, replace(captured, variants=asked))
         placed = place(credit, captured.reward, plan.params, aligned.slots, aligned.spans)
         item["token_rewards"][plan.key] = encode(placed.rewards)
         item["baseline"][plan.key] = placed.baseline
-        if len(scores):
-            item.setdefault("passes", {})[plan.key] = 1 + len(scores)
-        for name, value in _told(plan, credit, placed).items():
+        if asked:
+            item.setdefault("passes", {})[plan.key] = 1 + len(asked)
+        for name, value in told(plan, credit, placed).items():
             item.setdefault(name, {})[plan.key] = value
         if "segments" in request.include:
             for name, values in _segments(credit, aligned).items():
@@ -134,7 +134,7 @@ def _included(
     return included
 
 
-def _told(plan: Plan, credit: Credit, placed: Placed) -> dict[str, float]:
+def told(plan: Plan, credit: Credit, placed: Placed) -> dict[str, float]:
     """What a method says beside its rewards."""
     told = {}
     if credit.attention_mass is not None:

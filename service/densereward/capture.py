@@ -23,6 +23,8 @@ __all__ = [
     "Captured",
     "Contributions",
     "Gradients",
+    "LogProbabilities",
+    "LogRatios",
     "Need",
     "PrefixMode",
     "PrefixScores",
@@ -86,7 +88,22 @@ class Gradients:
     """The score's gradient at each response token's embedding, times the embedding less that of the padding token."""
 
 
-Need = PrefixScores | AttentionRow | Contributions | ReceivedAttention | Gradients
+@dataclass(frozen=True, slots=True)
+class LogProbabilities:
+    """How probable a language model finds each response token, and then each closing token, after those before it.
+
+    With `alone`, nothing else is needed of the sequence, not even its score.
+    """
+
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LogRatios:
+    """The same under a policy, less that under its reference."""
+
+
+Need = PrefixScores | AttentionRow | Contributions | ReceivedAttention | Gradients | LogProbabilities | LogRatios
 """One narrow thing an engine can keep from a forward pass; the sequence's score is always kept."""
 
 
@@ -134,6 +151,12 @@ class ScoringInput:
     def forward_tokens(self) -> int:
         """Tokens the model runs on, those of closed prefixes included, where no prompt is shared."""
         return len(self.token_ids) + len(self.closed_prefixes) * len(self.closing_ids)
+
+    def with_prompt(self, ids: Sequence[int]) -> ScoringInput:
+        """The same response, closed in the same way, to another prompt; only its log-probabilities are needed."""
+        token_ids = [*ids, *self.token_ids[self.prompt_length :]]
+        needs: frozenset[Need] = frozenset([LogProbabilities(alone=True)])
+        return ScoringInput(token_ids, len(ids), self.response_length, len(token_ids) - 1, needs=needs)
 
     def with_response(self, ids: Sequence[int], *, finished: bool) -> ScoringInput:
         """Another response to the same prompt, of which only the score is needed."""
@@ -189,7 +212,8 @@ class Captured:
         contributions: per layer as it was asked for, what each response token added to the score.
         received_attention: per layer as it was asked for, what each response token got from later ones.
         gradients: as they were asked for, what each response token's embedding does to the score, to first order.
-        variants: for one method, the scores of the variants that it asked for (`methods.base.Method.variants`).
+        log_probabilities, log_ratios: as they were asked for, of the response's tokens and then the closing ones, nats.
+        variants: for one method, what the variants gave that it asked for (`methods.base.Method.variants`).
     """
 
     reward: float
@@ -199,7 +223,9 @@ class Captured:
     contributions: Mapping[int | None, Float32[np.ndarray, " T"]] = field(default_factory=dict)
     received_attention: Mapping[int, Float32[np.ndarray, " T"]] = field(default_factory=dict)
     gradients: Float32[np.ndarray, " T"] | None = None
-    variants: Sequence[float] = ()
+    log_probabilities: Float32[np.ndarray, " _"] | None = None
+    log_ratios: Float32[np.ndarray, " _"] | None = None
+    variants: Sequence[Captured] = ()
 
     @property
     def arrays(self) -> list[Float32[np.ndarray, " _"]]:
@@ -211,5 +237,5 @@ class Captured:
             for prefixes in self.prefixes.values()
             if prefixes.before is not None
         ]
-        gradients = [] if self.gradients is None else [self.gradients]
-        return [*scores, *before, *gradients, *(row for rows in kept for row in rows)]
+        single = [each for each in (self.gradients, self.log_probabilities, self.log_ratios) if each is not None]
+        return [*scores, *before, *single, *(row for rows in kept for row in rows)]

@@ -14,27 +14,22 @@ on the trainer's `response_spans`, or where it sent none on the first model's to
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 
-from densereward.align import Aligned
 from densereward.answer import encoder
-from densereward.errors import DenseRewardError, EngineFailure, InvalidRequest
+from densereward.errors import EngineFailure, InvalidRequest
 from densereward.pipeline import Pipeline, Samples, Scores, Work
 from densereward.slots import check_sum
-from densereward_client.wire import Ensemble, RewardsRequest, Sample, TokenRewardsRequest
+from densereward.together import all_scores, merged, on_the_same_tokens
+from densereward_client.wire import Ensemble, RewardsRequest, TokenRewardsRequest
 
 __all__ = ["EnsemblePipeline"]
-
-_SUMMED = ("prompt_tokens", "response_tokens", "forward_tokens")
-
 
 _Scales = tuple[Float64[np.ndarray, " M"], Float64[np.ndarray, " M"]]
 """Means and deviations."""
@@ -83,7 +78,7 @@ class EnsemblePipeline:
         first = self._members[0].prepare(asked, samples)
         works = [first]
         for member in self._members[1:]:
-            shared = [self._shared(member, *each) for each in zip(samples, first.aligned, strict=True)]
+            shared = on_the_same_tokens(samples, first.aligned, self._members[0], member)
             works.append(member.prepare(asked, shared))
         return _Works(request, works)
 
@@ -93,14 +88,7 @@ class EnsemblePipeline:
         Raises:
             DenseRewardError: what could not be served, and what to do next.
         """
-        pairs = zip(self._members, work.each, strict=True)
-        scoring = [asyncio.ensure_future(member.score(each)) for member, each in pairs]
-        try:
-            return list(await asyncio.gather(*scoring))
-        finally:  # where one model refuses, the others need not go on
-            for each in scoring:
-                each.cancel()
-            await asyncio.gather(*scoring, return_exceptions=True)
+        return await all_scores(self._members, work.each)
 
     def answer(self, work: _Works, scores: Sequence[Scores]) -> dict[str, Any]:
         """All that comes after the engines. Blocks; for a thread.
@@ -117,14 +105,7 @@ class EnsemblePipeline:
         items = [
             self._item(parts, scales, encode) for parts in zip(*(answer["data"] for answer in answers), strict=True)
         ]
-        usage = {name: sum(answer["usage"][name] for answer in answers) for name in _SUMMED}
-        return answers[0] | {
-            "data": items,
-            "usage": usage,
-            "timing": {name: max(answer["timing"][name] for answer in answers) for name in answers[0]["timing"]},
-            "model": self.name,
-            "fingerprint": self.fingerprint,
-        }
+        return merged(answers) | {"data": items, "model": self.name, "fingerprint": self.fingerprint}
 
     def _for_a_member(self, request: RewardsRequest) -> RewardsRequest:
         """The request as each model gets it: plain numbers, nothing that only one model could answer."""
@@ -144,29 +125,6 @@ class EnsemblePipeline:
                     field="methods",
                 )
         return request.model_copy(update={"encoding_format": "float"})
-
-    def _shared(
-        self, member: Pipeline, sample: Sample | DenseRewardError, aligned: Aligned | DenseRewardError
-    ) -> Sample | DenseRewardError:
-        """The sample for another model than the first, its rewards wanted on the same tokens."""
-        if isinstance(sample, DenseRewardError):
-            return copy(sample)  # each model writes the sample's place into its own
-        if isinstance(aligned, DenseRewardError):
-            return sample
-        same = member.card.tokenizer_fingerprint == self._members[0].card.tokenizer_fingerprint
-        if not same and (sample.prompt_token_ids is not None or sample.response_token_ids is not None):
-            return InvalidRequest(
-                f"ids are {self._members[0].name}'s tokens, and {member.name} has others; give `messages` or `prompt`, "
-                "and `response` as text",
-                code="ids_of_another_model",
-            )
-        if sample.response_spans is not None or sample.response is None:
-            return sample
-        if aligned.spans is None:
-            return InvalidRequest(
-                f"the bytes of {self._members[0].name}'s tokens cannot be known; give `response_spans`", code="no_spans"
-            )
-        return sample.model_copy(update={"response_spans": aligned.spans})
 
     def _item(self, parts: Sequence[dict[str, Any]], scales: _Scales, encode: Any) -> dict[str, Any]:
         """One sample's answers as one."""

@@ -37,7 +37,7 @@ from densereward.plans import Plan, availability, boundaries_of, needs_of, plan
 from densereward.spread import Spread
 from densereward_client.wire import ModelCard, RewardsRequest, Sample, TokenRewardsRequest
 
-__all__ = ["Pipeline", "Samples", "Scorer", "Scores", "Work"]
+__all__ = ["Pipeline", "Samples", "Scorer", "Scores", "Work", "answer_to"]
 
 Samples = Sequence[Sample | DenseRewardError]
 """A request's samples; an error stands where one could not even be read."""
@@ -45,7 +45,13 @@ Samples = Sequence[Sample | DenseRewardError]
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What a route asks: a model's pipeline, or an ensemble of them; each hands its own work from step to step."""
+    """What a route asks: a model's pipeline, or several together; each hands its own work from step to step.
+
+    Attributes:
+        fingerprint: changes when a model, how it reads text, or how models are combined does.
+    """
+
+    fingerprint: str
 
     def prepare(self, request: RewardsRequest, samples: Samples) -> Any:
         """All that comes before the engine. Blocks; for a thread."""
@@ -59,10 +65,10 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the engine gave for a sample: its own pass, and per method the scores of its variants."""
+    """What the engine gave for a sample: its own pass, and per method what its variants gave."""
 
     scored: Scored
-    variants: Sequence[Sequence[float]]
+    variants: Sequence[Sequence[Captured]]
 
 
 Scores = Sequence[Outcome | DenseRewardError]
@@ -84,6 +90,16 @@ class Work:
     plans: Sequence[Plan]
     aligned: Sequence[Aligned | DenseRewardError]
     started: float
+
+
+async def answer_to(scorer: Scorer, request: RewardsRequest, samples: Samples) -> dict[str, Any]:
+    """From a request to its answer.
+
+    Raises:
+        DenseRewardError: what could not be served, and what to do next.
+    """
+    work = await asyncio.to_thread(scorer.prepare, request, samples)
+    return await asyncio.to_thread(scorer.answer, work, await scorer.score(work))
 
 
 class Pipeline:
@@ -110,23 +126,6 @@ class Pipeline:
         self.card = self._card()
         self.fingerprint = self._fingerprint()
 
-    async def rewards(self, request: RewardsRequest, samples: Samples) -> dict[str, Any]:
-        """The answer to POST /rewards.
-
-        Raises:
-            DenseRewardError: what could not be served, and what to do next.
-        """
-        work = await asyncio.to_thread(self.prepare, request, samples)
-        return await asyncio.to_thread(self.answer, work, await self.score(work))
-
-    async def token_rewards(self, request: TokenRewardsRequest, samples: Samples) -> dict[str, Any]:
-        """The answer to POST /token_rewards.
-
-        Raises:
-            DenseRewardError: what could not be served, and what to do next.
-        """
-        return await self.rewards(request, samples)
-
     async def close(self) -> None:
         """Finish what waits, then free the engine."""
         await self._batcher.close()
@@ -142,9 +141,17 @@ class Pipeline:
         plans: list[Plan] = []
         needs: frozenset[Need] = frozenset()
         if isinstance(request, TokenRewardsRequest):
-            plans = plan(request, self._engine)
+            plans = self.plan(request)
             needs = needs_of(plans, request, self._engine)
         return Work(request, samples, plans, self._align(request, samples, plans, needs), started)
+
+    def plan(self, request: TokenRewardsRequest) -> list[Plan]:
+        """The request's methods, as this model would run them.
+
+        Raises:
+            DenseRewardError: a method or a parameter that is not there.
+        """
+        return plan(request, self._engine)
 
     async def score(self, work: Work) -> Scores:
         """Run what could be aligned; errors keep their places.
@@ -213,9 +220,9 @@ class Pipeline:
             each.method.check(aligned.response)
         boundaries = boundaries_of(plans, aligned.response)
         sequence = aligned.sequence if boundaries is None else replace(aligned.sequence, boundaries=boundaries)
-        return replace(aligned, sequence=sequence, variants=[self._variants(aligned, each) for each in plans])
+        return replace(aligned, sequence=sequence, variants=[self._variants(sample, aligned, each) for each in plans])
 
-    def _variants(self, aligned: Aligned, plan: Plan) -> list[ScoringInput]:
+    def _variants(self, sample: Sample, aligned: Aligned, plan: Plan) -> list[ScoringInput]:
         """What a method needs to be scored beside the response itself."""
         response = aligned.response
         asked = plan.method.variants(response, plan.params) if response.length else ()
@@ -226,6 +233,8 @@ class Pipeline:
                 "score; give a prompt",
                 code="empty_variant",
             )
+        told = plan.method.instructions(plan.params) if response.length else ()
+        variants += [self._aligner.instructed(sample, aligned.sequence, each) for each in told]
         for each in variants:
             self._aligner.check_length(each)
         return variants
@@ -299,21 +308,21 @@ def _outcome(
     """The results of a sample and its variants; the first failure stands for all of it."""
     if isinstance(own, EngineFailure):
         return own
-    scores = []
+    captured = []
     for each in variants:
         if failure := next((result for result in each if isinstance(result, EngineFailure)), None):
             return failure
-        scores.append([result.captured.reward for result in each if isinstance(result, Scored)])
-    return Outcome(own, scores)
+        captured.append([result.captured for result in each if isinstance(result, Scored)])
+    return Outcome(own, captured)
 
 
 def _finite(result: Outcome | DenseRewardError) -> Outcome | DenseRewardError:
     """A capture that holds a number that is not finite is a failure."""
     if isinstance(result, DenseRewardError):
         return result
-    captured = result.scored.captured
-    scores = [captured.reward, *chain(*result.variants)]
-    if all(map(math.isfinite, scores)) and all(np.isfinite(array).all() for array in captured.arrays):
+    captured = [result.scored.captured, *chain(*result.variants)]
+    arrays = (array for each in captured for array in each.arrays)
+    if all(math.isfinite(each.reward) for each in captured) and all(np.isfinite(array).all() for array in arrays):
         return result
     return EngineFailure("the model gave a number that is not finite", code="not_finite")
 

@@ -19,6 +19,8 @@ from densereward_client.wire import MethodAvailability, MethodRequest, TokenRewa
 
 __all__ = ["Plan", "availability", "boundaries_of", "needs_of", "plan"]
 
+_WITHOUT_PAIR = "it takes a policy and its reference: start the server with --pair policy=SOURCE,reference=SOURCE"
+
 _INCLUDED: dict[str, Need] = {"prefix_scores": PrefixScores(), "attention": AttentionRow(-1)}
 
 
@@ -60,11 +62,14 @@ def needs_of(plans: Sequence[Plan], request: TokenRewardsRequest, engine: Engine
     """All that the engine must keep for a request.
 
     Raises:
-        MethodUnavailable: the engine cannot keep it; the message names the methods that it can serve.
+        MethodUnavailable: the engine cannot keep it; the message names the methods that it can serve, or what is
+            missing.
     """
     needs = {need for each in plans for need in each.method.needs(each.params)}
     needs |= {_INCLUDED[name] for name in request.include if name in _INCLUDED}
     if missing := needs - engine.provides:
+        if lacking := [each.key for each in plans if each.method.by_pair and each.method.needs(each.params) & missing]:
+            raise MethodUnavailable(f"{', '.join(lacking)}: {_WITHOUT_PAIR}", field="methods")
         possible = [name for name, method in availability(engine).items() if method.available]
         raise MethodUnavailable(
             f"this model cannot give {_listed(missing)}; with default parameters it can serve {', '.join(possible)}",
@@ -89,7 +94,8 @@ def availability(engine: Engine) -> dict[str, MethodAvailability]:
     for name in METHODS:
         method: Method[Any] = METHODS[name]()
         if missing := method.needs(method.params_type()) - engine.provides:
-            rows[name] = MethodAvailability(available=False, reason=f"the engine cannot give {_listed(missing)}")
+            reason = _WITHOUT_PAIR if method.by_pair else f"the engine cannot give {_listed(missing)}"
+            rows[name] = MethodAvailability(available=False, reason=reason)
         else:
             rows[name] = MethodAvailability(available=True, passes=method.passes, cost=describe(name).cost)
     return rows

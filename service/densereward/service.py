@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from densereward.align import Aligner
 from densereward.batcher import Batcher
@@ -13,13 +16,15 @@ from densereward.engines import ENGINES
 from densereward.engines.base import Engine
 from densereward.ensemble import EnsemblePipeline
 from densereward.errors import InvalidRequest, ModelError, NotReady, UnknownModel
+from densereward.methods import METHODS
 from densereward.metrics import Metrics
+from densereward.paired import PairedPipeline, card_beside
 from densereward.pipeline import Pipeline
 from densereward.selfcheck import self_check
-from densereward.settings import ModelSettings
-from densereward_client.wire import Ensemble, RewardsRequest
+from densereward.settings import PAIR, ModelSettings
+from densereward_client.wire import Ensemble, ModelCard, RewardsRequest, TokenRewardsRequest
 
-__all__ = ["Service", "load"]
+__all__ = ["Service", "load", "load_pair"]
 
 logger = logging.getLogger("densereward")
 
@@ -41,8 +46,7 @@ def load(settings: ModelSettings, source: str | None = None) -> tuple[Engine, Al
         from densereward.default_model import ensure_default_model
 
         source = str(ensure_default_model())
-    elif source.startswith(("/", ".", "~")) and not Path(source).is_dir():
-        raise ModelError(f"there is no folder {source}")
+    _check_folder(source)
     engine: Engine = ENGINES["torch"].load(
         source,
         revision=settings.revision,
@@ -52,10 +56,46 @@ def load(settings: ModelSettings, source: str | None = None) -> tuple[Engine, Al
         batch_tokens=settings.max_batch_tokens,
         prompt_cache=settings.prompt_cache_bytes,
     )
-    tokenizer = _tokenizer(source, settings.revision)
-    aligner = Aligner(tokenizer, engine.facts.max_length, engine.facts.vocabulary_size)
+    aligner = _aligner(_tokenizer(source, settings.revision), engine)
     self_check(engine)
     return engine, aligner
+
+
+def load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
+    """Load a policy and its reference, or a policy alone, and check each. Blocks for as long as that takes.
+
+    Raises:
+        ModelError: a model cannot be loaded, or would answer wrong numbers, or the two do not read text alike.
+    """
+    sources = settings.pair_sources
+    engines: list[Any] = []
+    for source in sources.values():
+        _check_folder(source)
+        engine: Engine = ENGINES["language_model"].load(
+            source,
+            device=settings.device,
+            dtype=settings.dtype,
+            longest=settings.max_length,
+            batch_tokens=settings.max_batch_tokens,
+            prompt_cache=settings.prompt_cache_bytes // len(sources),
+        )
+        self_check(engine)
+        engines.append(engine)
+    pair: Engine = ENGINES["pair"](*engines) if len(engines) > 1 else engines[0]
+    aligners = [_aligner(_tokenizer(source, None), pair) for source in sources.values()]
+    if len({aligner.vocabulary.fingerprint for aligner in aligners}) > 1:
+        raise ModelError(f"the tokenizers of {' and '.join(sources.values())} differ; a pair has one")
+    return pair, aligners[0]
+
+
+def _check_folder(source: str) -> None:
+    if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
+        raise ModelError(f"there is no folder {source}")
+
+
+def _aligner(tokenizer: object, engine: Engine) -> Aligner:
+    facts = engine.facts
+    return Aligner(tokenizer, facts.max_length, facts.vocabulary_size, needs_prompt=facts.needs_prompt)
 
 
 def _tokenizer(source: str, revision: str | None) -> object:
@@ -83,6 +123,7 @@ class Service:
         self.draining = False
         self.failure: Exception | None = None
         self._pipelines: dict[str, Pipeline] = {}
+        self._pair: Pipeline | None = None
         self._started = False
 
     async def start(self) -> None:
@@ -94,7 +135,9 @@ class Service:
         try:
             for name, source in self.settings.sources.items():
                 if not self.draining:
-                    await self._add(name, source)
+                    self._pipelines[name] = await self._started_up(name, partial(load, self.settings, source))
+            if self.settings.pair is not None and not self.draining:
+                self._pair = await self._started_up(PAIR, partial(load_pair, self.settings))
         except Exception as error:  # kept for whoever watches the start, and raised on
             self.failure = error
             raise
@@ -102,23 +145,22 @@ class Service:
             self._started = True
             self.metrics.ready(True)
 
-    async def _add(self, name: str, source: str) -> None:
+    async def _started_up(self, name: str, loading: Callable[[], tuple[Engine, Aligner]]) -> Pipeline:
         """Load one model."""
-        engine, aligner = await asyncio.to_thread(load, self.settings, source)
+        engine, aligner = await asyncio.to_thread(loading)
         budget = await asyncio.to_thread(self._budget, engine)
-        if self.draining:
-            engine.close()
-            return
         batcher = Batcher(
             engine,
             max_batch_tokens=budget,
             max_queue_tokens=self.settings.max_queue_tokens,
             metrics=self.metrics,
         )
-        self._pipelines[name] = Pipeline(name, engine, aligner, batcher, self.metrics)
         self.metrics.budget(name, budget)
-        facts = engine.facts
-        logger.info("ready: %s (%s, %s on %s; %d tokens a pass)", name, facts.family, facts.dtype, facts.device, budget)
+        if not self.draining:
+            facts = engine.facts
+            where = f"{facts.family}, {facts.dtype} on {facts.device}"
+            logger.info("ready: %s (%s; %d tokens a pass)", name, where, budget)
+        return Pipeline(name, engine, aligner, batcher, self.metrics)
 
     def _budget(self, engine: Engine) -> int:
         """What one forward pass may hold, in tokens' worth."""
@@ -134,11 +176,24 @@ class Service:
         """Finish what waits and free the device."""
         self.drain()
         self.metrics.ready(False)
-        await asyncio.gather(*(pipeline.close() for pipeline in self._pipelines.values()))
+        loaded = [*self._pipelines.values(), *([self._pair] if self._pair else [])]
+        await asyncio.gather(*(pipeline.close() for pipeline in loaded))
+
+    @property
+    def cards(self) -> list[ModelCard]:
+        """What each loaded model is and can serve, the pair beside it included.
+
+        Raises:
+            NotReady: as `pipelines`.
+        """
+        if self._pair is None:
+            return [pipeline.card for pipeline in self.pipelines]
+        pair = self._pair.card
+        return [each.card if each is self._pair else card_beside(each.card, pair) for each in self.pipelines]
 
     @property
     def pipelines(self) -> list[Pipeline]:
-        """The loaded models, in the order they were given.
+        """The loaded models, in the order they were given, and the pair where it is a reward model of its own.
 
         Raises:
             NotReady: they are still being loaded, or the server is shutting down.
@@ -147,7 +202,8 @@ class Service:
             raise NotReady("the server is shutting down; try another one", retry_after=1.0, code="draining")
         if not self._started:
             raise NotReady(_LOADING.message, retry_after=_LOADING.retry_after)
-        return list(self._pipelines.values())
+        pair = [self._pair] if self._pair and "reference" in self.settings.pair_sources else []
+        return [*self._pipelines.values(), *pair]
 
     @property
     def pipeline(self) -> Pipeline:
@@ -158,8 +214,10 @@ class Service:
         """
         return self.pipelines[0]
 
-    def pipeline_for(self, request: RewardsRequest) -> Pipeline | EnsemblePipeline:
+    def pipeline_for(self, request: RewardsRequest) -> Pipeline | EnsemblePipeline | PairedPipeline:
         """What answers a request: a model by name, the first one where it names none, or several together.
+
+        Where a method is one of a pair's, the pair is there beside the model.
 
         Raises:
             NotReady: as `pipelines`.
@@ -191,7 +249,13 @@ class Service:
             raise InvalidRequest(
                 "`ensemble` needs several models: give `model` as a list", code="invalid_ensemble", field="ensemble"
             )
-        return self._named(request.model)
+        return self._beside_pair(self._named(request.model), request)
+
+    def _beside_pair(self, model: Pipeline, request: RewardsRequest) -> Pipeline | PairedPipeline:
+        if self._pair is None or model is self._pair or not isinstance(request, TokenRewardsRequest):
+            return model
+        methods = (METHODS[asked.name] for asked in request.method_requests("red") if asked.name in METHODS)
+        return PairedPipeline(model, self._pair) if any(method.by_pair for method in methods) else model
 
     def _named(self, name: str | None) -> Pipeline:
         """A model by its name; None is the first, and so is "default" where none is called so."""

@@ -22,7 +22,10 @@ from pydantic_settings import (
     SettingsError,
 )
 
-__all__ = ["ModelSettings", "ServerSettings"]
+__all__ = ["PAIR", "ModelSettings", "ServerSettings"]
+
+PAIR = "pair"
+"""What requests call the pair of language models."""
 
 
 class ModelSettings(BaseSettings):
@@ -49,6 +52,11 @@ class ModelSettings(BaseSettings):
     ensemble: Annotated[list[str], NoDecode] = Field(
         [],
         description="NAME=MODEL+MODEL:HOW, by which requests may name several models; HOW is mean, min or uncertainty.",
+    )
+    pair: str | None = Field(
+        None,
+        description="policy=SOURCE,reference=SOURCE: two causal language models, served as the model `pair`, which "
+        "give any other model the methods `implicit` and `contrastive`; policy=SOURCE alone gives only the latter.",
     )
     max_length: PositiveInt | None = Field(
         None, description="Tokens in the longest sequence served; by default what the model's config gives."
@@ -91,6 +99,26 @@ class ModelSettings(BaseSettings):
             raise ValueError(f"two ensembles have one name: {', '.join(self.ensemble)}")
         return self
 
+    @field_validator("pair")
+    @classmethod
+    def _is_a_pair(cls, given: str | None) -> str | None:
+        """Its parts have their names."""
+        names = [] if given is None else [name for name, _, source in _parts(given) if source]
+        if given is not None and names not in (["policy"], ["policy", "reference"]):
+            raise ValueError(f"{given!r} is not of the form policy=SOURCE,reference=SOURCE")
+        return given
+
+    @model_validator(mode="after")
+    def _no_model_is_called_pair(self) -> ModelSettings:
+        if self.pair is not None and PAIR in {*self.sources, *self.ensembles}:
+            raise ValueError(f"{PAIR!r} is the name of the pair; name the model otherwise, as --model NAME=SOURCE")
+        return self
+
+    @property
+    def pair_sources(self) -> dict[str, str]:
+        """Folder or hub id of the policy, and of the reference where there is one."""
+        return {} if self.pair is None else {name: source for name, _, source in _parts(self.pair)}
+
     @property
     def ensembles(self) -> dict[str, tuple[list[str], str]]:
         """Models and how they are combined, by the ensemble's name."""
@@ -116,6 +144,11 @@ class ModelSettings(BaseSettings):
         file = os.environ.get("DENSEREWARD_CONFIG")
         sources = (init_settings, env_settings, dotenv_settings, file_secret_settings)
         return (*sources, InitSettingsSource(settings_cls, _read(Path(file), settings_cls))) if file else sources
+
+
+def _parts(pair: str) -> list[tuple[str, str, str]]:
+    """NAME, "=" and SOURCE of each part."""
+    return [each.strip().partition("=") for each in pair.split(",")]
 
 
 def _named(model: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from densereward.commands.demo import Demo
 from densereward.commands.score import Score
@@ -62,8 +63,8 @@ def test_every_knob_can_be_set_from_the_environment(
     run: Run, seen: list[ModelSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {
-        "model": ["m"], "ensemble": [], "revision": "r", "model_name": "n", "device": "cpu", "dtype": "float16",
-        "max_length": 1,
+        "model": ["m"], "ensemble": [], "revision": "r", "model_name": "n", "pair": "policy=p", "device": "cpu",
+        "dtype": "float16", "max_length": 1,
         "max_batch_tokens": 2, "prompt_cache_bytes": 17, "max_queue_tokens": 3, "host": "h", "port": 4,
         "api_key": "k", "max_body_bytes": 5, "max_samples": 6, "request_timeout": 7.5,
         "drain_timeout": 8.5, "log_level": "error",
@@ -74,6 +75,27 @@ def test_every_knob_can_be_set_from_the_environment(
     settings = _serve(run, seen)
     assert settings.api_key is not None
     assert settings.model_dump() | {"api_key": settings.api_key.get_secret_value()} == values
+
+
+@pytest.mark.parametrize(
+    ("pair", "sources"),
+    [
+        ("policy=a,reference=b", {"policy": "a", "reference": "b"}),
+        ("policy=/x=1, reference=org/b", {"policy": "/x=1", "reference": "org/b"}),
+        ("policy=a", {"policy": "a"}),
+        (None, {}),
+    ],
+)
+def test_a_pair_is_read_from_one_line(pair: str | None, sources: dict[str, str]) -> None:
+    assert ModelSettings(pair=pair).pair_sources == sources
+
+
+@pytest.mark.parametrize("pair", ["a,b", "reference=b", "reference=b,policy=a", "policy=,reference=b", "policy=a,b"])
+def test_what_is_no_pair_is_refused(pair: str) -> None:
+    with pytest.raises(ValidationError, match="is not of the form policy=SOURCE,reference=SOURCE"):
+        ModelSettings(pair=pair)
+    with pytest.raises(ValidationError, match="'pair' is the name of the pair"):
+        ModelSettings(model=["pair=x"], pair="policy=a")
 
 
 def test_an_empty_variable_is_none(run: Run, seen: list[ModelSettings], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from densereward.default_model.evaluate import Marked
 from densereward.default_model.plot import Mark, draw
 from densereward.default_model.scoring import TextRewards
 from densereward.methods import METHODS
+from serving import NOT_BY_A_SCORE
 
 DOCS = Path(__file__).parents[2] / "service" / "docs"
 
@@ -41,11 +42,8 @@ def test_a_row_holds_the_metrics_and_the_passes_that_a_method_took() -> None:
 
 def test_every_method_that_judges_tokens_by_itself_is_compared() -> None:
     compared = {each["name"] for each in (*ONE_PASS, *SEVERAL_PASSES)}
-    assert METHODS.keys() - compared == {
-        "segment",
-        "sparse",
-        "weights",
-    }  # the first two cuts and places, not judgements
+    not_judgements = {"segment", "sparse", "weights"}  # the first two cut and place
+    assert METHODS.keys() - compared == not_judgements | set(NOT_BY_A_SCORE)
     assert len({each["label"] for each in (*ONE_PASS, *SEVERAL_PASSES)}) == len(ONE_PASS) + len(SEVERAL_PASSES)
 
 

@@ -24,6 +24,7 @@ from densereward.methods.units import MOST_UNITS
 from densereward.plans import boundaries_of, plan
 from densereward_client.wire import TokenRewardsRequest
 from fakes import FakeEngine
+from serving import NOT_BY_A_SCORE
 
 # Three response tokens after a prompt scored 0.25; the closing token's score, 2.0, is R.
 CAPTURED = Captured(
@@ -285,7 +286,7 @@ def test_contributions_add_up_over_layers_and_the_rest_is_the_baseline_or_shared
     assert (nothing.rewards.tolist(), nothing.baseline) == ([0.0], 2.0)
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in NOT_BY_A_SCORE])
 def test_rewards_scale_with_the_model_and_a_constant_moves_only_what_the_sum_moves(name: str) -> None:
     """R -> a R: every reward a-fold. R -> R + c: prefix scores move alike, so steps stay, and shares of R move."""
     scores, response = np.array([0.5, -1.0, 1.5], np.float32), replace(TOKENS, weights=np.ones(3))
@@ -301,7 +302,7 @@ def test_rewards_scale_with_the_model_and_a_constant_moves_only_what_the_sum_mov
             gradients=scores,  # shares of R do not ask for their scale
         )
         params = method.settle([captured], method.params_type())
-        variants = [factor * game(each) + constant for each in method.variants(response, params)]
+        variants = [Captured(factor * game(each) + constant, 0) for each in method.variants(response, params)]
         return method.credit(replace(captured, variants=list(variants)), response, params)
 
     plain, scaled, moved = rewards(1, 0), rewards(4, 0), rewards(1, 8)
@@ -318,6 +319,33 @@ def test_attribution_shares_the_reward_out_by_a_softmax_or_gives_each_token_its_
     signed = credit("attribution", captured, weights="signed")
     np.testing.assert_allclose(signed.rewards, np.log([1.0, 2.0, 5.0]), rtol=1e-6)
     assert signed.baseline == pytest.approx(-2.0 - np.log(10.0))
+
+
+@pytest.mark.parametrize(
+    ("params", "values"),
+    [
+        ({}, [0.05 * 2.0, 0.05 * -0.4, 0.05 * (3.0 + 0.6 - 8.0)]),
+        ({"ratio_scale": 1.0}, [2.0, -0.4, 3.0 + 0.6 - 8.0]),
+        ({"ratio_scale": 0.1, "ratio_clip": 0.05}, [0.05, -0.04, 0.05 + 0.05 - 0.05]),
+    ],
+)
+def test_implicit_rewards_are_log_ratios_scaled_then_clipped_and_the_last_takes_the_closing_ones(
+    params: dict[str, Any], values: list[float]
+) -> None:
+    captured = Captured(reward=-2.8, length=3, log_ratios=np.array([2.0, -0.4, 3.0, 0.6, -8.0], np.float32))
+    given_credit = credit("implicit", captured, **params)
+    np.testing.assert_allclose(given_credit.rewards, values, rtol=1e-6)
+    assert given_credit.baseline == pytest.approx(-2.8 - sum(values), abs=1e-6)
+
+
+def test_contrastive_rewards_are_the_centred_sigmoid_of_the_two_log_probabilities() -> None:
+    better, worse = ([-1.0, -2.0, -0.5, -0.1], [-3.0, -2.0, -400.0, -5.0])
+    variants = [Captured(0.0, 3, log_probabilities=np.array(each, np.float32)) for each in (better, worse)]
+    captured = Captured(reward=4.0, length=3, variants=variants)
+    expected = [1 / (1 + math.exp(w - b)) - 0.5 if w - b > -300 else 0.5 for b, w in zip(better, worse, strict=True)]
+    given_credit = credit("contrastive", captured)
+    np.testing.assert_allclose(given_credit.rewards, [*expected[:2], expected[2] + expected[3]], rtol=1e-6)
+    assert given_credit.baseline == pytest.approx(4.0 - sum(expected))
 
 
 def game(ids: Sequence[int]) -> float:
@@ -341,7 +369,7 @@ def scored(name: str, response: Response, **params: Any) -> tuple[Credit, int]:
     method: Method[Any] = METHODS[name]()
     settled = method.params_type(**params)
     variants = method.variants(response, settled)
-    captured = Captured(game(response.ids), response.length, variants=[game(each) for each in variants])
+    captured = Captured(game(response.ids), response.length, variants=[Captured(game(each), 0) for each in variants])
     return method.credit(captured, response, settled), len(variants)
 
 
@@ -470,6 +498,7 @@ def test_rewards_and_baseline_sum_to_the_sequences_reward(
         contributions={None: row - np.float32(0.5 / length)},
         received_attention={-1: row},
         gradients=row - np.float32(0.5 / length),
+        log_ratios=np.append(row - np.float32(0.5 / length), np.array([0.25, -3.0], np.float32)),
     )
     weights = row.astype(np.float64) + 1e-9
     spans = [(i, i + 1) for i in range(length)]
@@ -478,8 +507,12 @@ def test_rewards_and_baseline_sum_to_the_sequences_reward(
     ids = list(range(length))
     response = Response(length, length, ids, weights=weights, entropies=weights * 50, cuts=cuts)
     params = method.settle([captured], method.params_type())
-    variants = np.random.default_rng(seed).normal(size=len(method.variants(response, params)))
-    given_credit = method.credit(replace(captured, variants=list(variants)), response, params)
+    random = np.random.default_rng(seed)
+    variants = [
+        Captured(random.normal(), 0, log_probabilities=np.float32(-1) * random.random(length + 2, np.float32))
+        for _ in [*method.variants(response, params), *method.instructions(params)]
+    ]
+    given_credit = method.credit(replace(captured, variants=variants), response, params)
     assert given_credit.rewards.shape == (length,)
     total = given_credit.rewards.sum() + given_credit.baseline
     assert total == pytest.approx(reward, abs=1e-9 * max(1.0, float(np.abs(given_credit.rewards).sum())))

@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from densereward import __version__
 from densereward.methods import METHODS
 from densereward_client.wire import ModelList
-from serving import Api, Json, Server
+from serving import NOT_BY_A_SCORE, Api, Json, Server
 
 SAMPLE = {"prompt": "Why?", "response": "Because."}
 
@@ -84,6 +84,11 @@ def test_models_tells_what_is_served_and_how_it_reads_text(server: Server) -> No
     assert all(len(value) == 64 and set(value) <= set("0123456789abcdef") for value in fingerprints.values())
     costs = {name: method.pop("cost") for name, method in card["methods"].items()}
     assert costs["red"].startswith("One forward pass")
+    for name in NOT_BY_A_SCORE:
+        refused = card["methods"].pop(name)
+        assert not refused["available"]
+        assert refused["reason"]
+    served = [name for name in METHODS if name not in NOT_BY_A_SCORE]
     passes = dict.fromkeys(METHODS, 1) | {"attribution": 3, "occlusion": None, "shapley": None}
     assert card == {
         "id": "tiny",
@@ -96,7 +101,7 @@ def test_models_tells_what_is_served_and_how_it_reads_text(server: Server) -> No
         "closing_token_ids": [2, 201],
         "adds_bos": False,
         "prefix_modes": ["open", "closed"],
-        "methods": {name: {"available": True, "passes": passes[name], "reason": None} for name in METHODS},
+        "methods": {name: {"available": True, "passes": passes[name], "reason": None} for name in served},
     }
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from densereward.methods import METHODS
-from serving import STEP, Api, Json, Server
+from serving import NOT_BY_A_SCORE, STEP, Api, Json, Server
 
 SAMPLE: Json = {"prompt_token_ids": [5, 6, 7], "response_token_ids": [10, 11, 12, 13]}
 NAMES = ", ".join(METHODS)
+SERVED = [name for name in METHODS if name not in NOT_BY_A_SCORE]
 TEXT: Json = {"prompt": "Well?\n", "response": "The dog is lazy. The fox is quick! Thank you"}
 
 
@@ -310,7 +311,8 @@ def test_the_methods_are_told(server: Server) -> None:
 def test_a_layer_that_is_not_there_is_refused_and_what_would_work_is_named(api: Api) -> None:
     expected = {
         "code": "method_unavailable",
-        "message": "this model cannot give AttentionRow(layer=3); with default parameters it can serve " + NAMES,
-        "details": {"field": "methods", "available": NAMES.split(", ")},
+        "message": "this model cannot give AttentionRow(layer=3); with default parameters it can serve "
+        + ", ".join(SERVED),
+        "details": {"field": "methods", "available": SERVED},
     }
     assert api.refusal([SAMPLE], methods=[{"name": "abc", "layers": [3]}]) == (422, expected)

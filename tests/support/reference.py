@@ -51,6 +51,14 @@ def score(model: Any, sequence: Sequence[int]) -> float:
         return float(model.score(hidden)[0, -1, 0])
 
 
+def log_probabilities(model: Any, sequence: Sequence[int], start: int) -> NDArray[np.float64]:
+    """Of each token from `start` on, given those before it: the whole softmax, in a pass of its own."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([list(sequence)])).logits[0].double()
+    found = torch.log_softmax(logits, dim=-1)
+    return np.array([float(found[i - 1, sequence[i]]) for i in range(start, len(sequence))])
+
+
 def prefix_scores(
     model: Any, prompt: Sequence[int], response: Sequence[int], closing: Sequence[int] = ()
 ) -> list[float]:

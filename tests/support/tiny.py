@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -75,6 +79,9 @@ def make_config(architecture: str, **changes: Any) -> Any:
     if architecture == "gpt2":
         return GPT2Config(n_embd=64, n_layer=3, n_head=4, n_positions=2048, **common | changes)
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        "cohere": (CohereConfig, {"logit_scale": 0.25}),
+        "granite": (GraniteConfig, {"logits_scaling": 3.0}),
+        "phi": (PhiConfig, {}),
         "llama": (LlamaConfig, {}),
         "qwen3": (Qwen3Config, {"head_dim": 32}),
         "mistral": (MistralConfig, {"sliding_window": 9}),
@@ -87,10 +94,11 @@ def make_config(architecture: str, **changes: Any) -> Any:
     return kind(**_SIZE | special | common | changes)
 
 
-def make_model(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random model whose matrices are large enough for attention to differ from uniform."""
+def make_model(architecture: str, seed: int = 0, kind: Any = None, **changes: Any) -> PreTrainedModel:
+    """A random model whose matrices are large enough for attention to differ from uniform; one with a score head."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(make_config(architecture, **changes))
+    config = make_config(architecture, **changes)
+    model: PreTrainedModel = (kind or AutoModelForSequenceClassification).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -103,6 +111,13 @@ def save(folder: Path, architecture: str = "llama", *, adds_bos: bool = False, *
     """A model folder like any other."""
     make_model(architecture, **changes).save_pretrained(folder)
     make_tokenizer(adds_bos=adds_bos).save_pretrained(folder)
+    return folder
+
+
+def save_language_model(folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
+    """A causal language model's folder."""
+    make_model(architecture, seed, AutoModelForCausalLM, **changes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return folder
 
 

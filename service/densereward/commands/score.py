@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from densereward.commands import FLAGS
 from densereward.offline import ScoredLines, count_samples, read_samples, write_parquet
+from densereward.pipeline import answer_to
 from densereward.service import Service
 from densereward.settings import ModelSettings
 from densereward_client.wire import MethodRequest, TokenRewardsRequest
@@ -61,15 +62,15 @@ class Score(ModelSettings, cli_prog_name="densereward score", **FLAGS):
             await service.stop()
 
     async def _score_with(self, service: Service) -> int:
-        pipeline = service.pipeline
         parquet = self.output.suffix == ".parquet"
         path = self.output.with_name(self.output.name + ".lines") if parquet else self.output
         methods = None if self.methods is None else list[str | MethodRequest](self.methods)
         envelope = TokenRewardsRequest.model_construct(methods=methods, on_error="item", samples=[])
-        with ScoredLines(path, self.file, pipeline.fingerprint, self.methods) as lines, _progress() as progress:
+        scorer = service.pipeline_for(envelope)
+        with ScoredLines(path, self.file, scorer.fingerprint, self.methods) as lines, _progress() as progress:
             task = progress.add_task("scoring", total=count_samples(self.file), completed=lines.count)
             for samples in read_samples(self.file, skip=lines.count):
-                answer = await pipeline.token_rewards(envelope, samples)
+                answer = await answer_to(scorer, envelope, samples)
                 lines.append(answer["data"])
                 progress.update(task, completed=lines.count)
         if parquet:

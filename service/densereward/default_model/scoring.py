@@ -14,6 +14,7 @@ import numpy as np
 
 from densereward.default_model.data import Message
 from densereward.default_model.metrics import Floats, Spans
+from densereward.pipeline import answer_to
 from densereward.service import Service
 from densereward.settings import ModelSettings
 from densereward_client.wire import RewardsRequest, RewardsResponse, TokenRewardsRequest, TokenRewardsResponse
@@ -62,7 +63,7 @@ class Scorer:
         samples = [{"messages": turn, "response": text} for turn, text in zip(turns, texts, strict=True)]
         asked = {"samples": samples, "methods": list(methods), "include": ["spans"]}
         request = TokenRewardsRequest.model_validate(asked)
-        work = self._service.pipeline.token_rewards(request, request.samples)
+        work = answer_to(self._service.pipeline, request, request.samples)
         answer = TokenRewardsResponse.model_validate(self._runner.run(work))
         return [
             TextRewards(
@@ -77,7 +78,7 @@ class Scorer:
         """Reward of the last turn of each dialogue, the assistant's."""
         samples = [{"messages": list(turns[:-1]), "response": turns[-1]["content"]} for turns in dialogues]
         request = RewardsRequest.model_validate({"samples": samples})
-        work = self._service.pipeline.rewards(request, request.samples)
+        work = answer_to(self._service.pipeline, request, request.samples)
         answer = RewardsResponse.model_validate(self._runner.run(work))
         return np.array([item.reward for item in answer.data], dtype=np.float64)
 

@@ -4,4 +4,11 @@ from __future__ import annotations
 
 from densereward.registry import Table
 
-ENGINES = Table("engine", {"torch": "densereward.engines.torch.engine:TorchEngine"})
+ENGINES = Table(
+    "engine",
+    {
+        "torch": "densereward.engines.torch.engine:TorchEngine",
+        "language_model": "densereward.engines.torch.language_model:LanguageModel",
+        "pair": "densereward.engines.torch.pair:Pair",
+    },
+)

@@ -31,6 +31,7 @@ class EngineFacts:
         batch_tokens: tokens in a forward pass that the device does best with.
         pair_cost: what one query looking at one key costs, in tokens' worth of matrix products.
         weights_fingerprint: changes when a weight does.
+        needs_prompt: whether nothing can be said of a response to an empty prompt.
     """
 
     engine: str
@@ -44,6 +45,7 @@ class EngineFacts:
     batch_tokens: int
     pair_cost: float
     weights_fingerprint: str
+    needs_prompt: bool = False
 
 
 @runtime_checkable

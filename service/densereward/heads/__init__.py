@@ -4,4 +4,10 @@ from __future__ import annotations
 
 from densereward.registry import Table
 
-HEADS = Table("head", {"bradley_terry": "densereward.heads.bradley_terry:BradleyTerryHead"})
+HEADS = Table(
+    "head",
+    {
+        "bradley_terry": "densereward.heads.bradley_terry:BradleyTerryHead",
+        "language_model": "densereward.heads.language_model:LanguageModelHead",
+    },
+)

@@ -17,6 +17,8 @@ METHODS = Table(
         "attribution": "densereward.methods.attribution:Attribution",
         "occlusion": "densereward.methods.occlusion:Occlusion",
         "shapley": "densereward.methods.shapley:Shapley",
+        "implicit": "densereward.methods.implicit:Implicit",
+        "contrastive": "densereward.methods.contrastive:Contrastive",
         "uniform": "densereward.methods.uniform:Uniform",
         "sparse": "densereward.methods.sparse:Sparse",
         "weights": "densereward.methods.weights:Weights",

@@ -29,6 +29,7 @@ __all__ = [
     "Beta",
     "Credit",
     "Finite",
+    "Instruction",
     "Layers",
     "Method",
     "Params",
@@ -43,6 +44,9 @@ Beta = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(ge=-1e6, le=1e6)]
 Positive = Annotated[float, Field(ge=1e-6, le=1e6)]
 """No reward model has scores beyond these, and float32 keeps what is made of them."""
+
+Instruction = Annotated[str, Field(min_length=1, max_length=4096)]
+"""A text that a language model is told."""
 
 Layers = Literal["last"] | Annotated[list[int], Field(min_length=1, max_length=256)]
 """The last layer, or layer numbers to average or to add up; negative ones count from the last."""
@@ -140,10 +144,12 @@ class Method(ABC, Generic[P]):
         params_type: its parameters.
         passes: forward passes it needs, one of which is shared by all the methods of a request; None where that
             depends on the response.
+        by_pair: whether a pair of language models gives the rewards, for any model that is served beside it.
     """
 
     params_type: ClassVar[type[Params]] = Params
     passes: ClassVar[int | None] = 1
+    by_pair: ClassVar[bool] = False
 
     def needs(self, params: P) -> frozenset[Need]:
         """What the engine must keep of the forward pass."""
@@ -157,10 +163,17 @@ class Method(ABC, Generic[P]):
         return None
 
     def variants(self, response: Response, params: P) -> Sequence[Sequence[int]]:
-        """Other responses to the prompt, by their ids, whose scores are needed too (`Captured.variants`).
+        """Other responses to the prompt, by their ids, whose scores are needed too; first in `Captured.variants`.
 
         Raises:
             InvalidRequest: they cannot be made.
+        """
+        return ()
+
+    def instructions(self, params: P) -> Sequence[str]:
+        """What a language model is told before the prompt, each in a sequence of its own that follows the variants.
+
+        The log-probabilities of the response are what is needed of those.
         """
         return ()
 

@@ -44,7 +44,7 @@ class Occlusion(Method[UnitParams]):
     def credit(self, captured: Captured, response: Response, params: UnitParams) -> Credit:
         """R - R(without u), on the tokens of each u."""
         units = Units.of(response, params)
-        values = captured.reward - np.asarray(captured.variants)
+        values = captured.reward - np.asarray([each.reward for each in captured.variants])
         spans = zip(units.spans(), values.tolist(), strict=True)
         return Credit(
             units.spread(values),

@@ -88,7 +88,7 @@ class Shapley(Method[ShapleyParams]):
         """The values, on the tokens of each unit."""
         units = Units.of(response, params)
         count = len(units.stops)
-        scores = dict(zip(_coalitions(units, params), captured.variants, strict=True))
+        scores = dict(zip(_coalitions(units, params), (each.reward for each in captured.variants), strict=True))
         scores[np.ones(count, dtype=bool).tobytes()] = captured.reward
         error = None
         if _exact(units, params):

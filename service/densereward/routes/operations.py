@@ -18,7 +18,7 @@ router = APIRouter(tags=["operations"])
 async def models(request: Request) -> ModelList:
     """The models served, how each reads text, and which methods it can serve."""
     service: Service = request.app.state.service
-    return ModelList(data=[pipeline.card for pipeline in service.pipelines])
+    return ModelList(data=service.cards)
 
 
 @router.get("/v1/methods")

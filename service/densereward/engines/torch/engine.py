@@ -24,18 +24,9 @@ from densereward.capture import (
     ReceivedAttention,
     ScoringInput,
 )
-from densereward.engines.base import EngineFacts
+from densereward.engines.torch.facts import facts_of, prepare
 from densereward.engines.torch.gradients import gradients
-from densereward.engines.torch.linear import speed_up
-from densereward.engines.torch.loading import (
-    Dtype,
-    choose_device,
-    choose_dtype,
-    load_classifier,
-    max_length,
-    weights_fingerprint,
-)
-from densereward.engines.torch.memory import keep_freed_memory
+from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_classifier
 from densereward.engines.torch.packing import counted_from_0
 from densereward.engines.torch.passes import Passes, Result
 from densereward.engines.torch.pieces import write_out
@@ -46,9 +37,6 @@ __all__ = ["TorchEngine"]
 
 logger = logging.getLogger("densereward")
 
-
-# On a CPU, larger passes gain nothing; a GPU needs them to be busy.
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 class TorchEngine:
     """A transformers reward model in this process. See `engines.base.Engine`.
@@ -70,26 +58,10 @@ class TorchEngine:
         batch_tokens: int | None = None,
         prompt_cache: int = 0,
     ) -> None:
-        self._model: Any = model.requires_grad_(False)
-        embedding: Any = model.get_input_embeddings()
-        if model.device.type == "cpu":
-            speed_up(model.base_model)
-            keep_freed_memory()
+        self._model: Any = model
+        prepare(model)
         self._head = BradleyTerryHead(model)
-        config = model.config
-        self.facts = EngineFacts(
-            engine="torch",
-            family=type(model).__name__,
-            head=self._head.name,
-            device=str(model.device),
-            dtype=str(model.dtype).removeprefix("torch."),
-            max_length=max_length(config, longest),
-            vocabulary_size=embedding.num_embeddings,
-            layers=config.get_text_config().num_hidden_layers,
-            batch_tokens=batch_tokens or _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cuda"]),
-            pair_cost=_pair_cost(model),
-            weights_fingerprint=weights_fingerprint(model),
-        )
+        self.facts = facts_of(model, self._head.name, longest, batch_tokens)
         self._passes = Passes(model, self._head, self.facts.layers, self.facts.batch_tokens, prompt_cache)
         layers = range(-self.facts.layers, self.facts.layers)
         contributed = [Contributions(), *(Contributions(layer) for layer in layers)]
@@ -173,16 +145,6 @@ class TorchEngine:
         self._model = None
         self._passes.close()
         torch.cuda.empty_cache()
-
-
-def _pair_cost(model: PreTrainedModel) -> float:
-    """Multiplications for one query and one key, in all heads and layers, over those of a token's matrices."""
-    config = model.config.get_text_config()
-    head: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 2 * config.num_attention_heads * head * config.num_hidden_layers
-    embedding: Any = model.get_input_embeddings()
-    matrices = sum(each.numel() for each in model.parameters() if each.ndim > 1) - embedding.weight.numel()
-    return float(attention / matrices)
 
 
 def _prefixes(sequence: ScoringInput, reads: Float32[np.ndarray, " _"]) -> dict[PrefixMode, Prefixes]:

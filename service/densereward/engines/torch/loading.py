@@ -1,4 +1,4 @@
-"""Load a sequence classifier so that nothing about it is guessed: every weight from the file, one label, one device."""
+"""Load a model so that nothing about it is guessed: every weight from its files, on one device."""
 
 from __future__ import annotations
 
@@ -6,12 +6,26 @@ import hashlib
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from densereward.engines.torch import attention
 from densereward.errors import ModelError
 
-__all__ = ["choose_device", "choose_dtype", "load_classifier", "max_length", "weights_fingerprint"]
+__all__ = [
+    "Dtype",
+    "choose_device",
+    "choose_dtype",
+    "load_classifier",
+    "load_language_model",
+    "max_length",
+    "weights_fingerprint",
+]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -39,12 +53,35 @@ def load_classifier(source: str, revision: str | None, device: torch.device, dty
     Raises:
         ModelError: no such model, another kind of model, or weights that its files do not hold.
     """
+    config = _config(source, revision)
+    if config.num_labels != 1:
+        raise ModelError(f"{source} has num_labels = {config.num_labels}; a reward model has 1")
+    return _load(AutoModelForSequenceClassification, source, revision, config, device, dtype)
+
+
+def load_language_model(source: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A `*ForCausalLM` model from a folder or a hub id, ready for packed batches.
+
+    Raises:
+        ModelError: no such model, another kind of model, or weights that its files do not hold.
+    """
+    return _load(AutoModelForCausalLM, source, revision, _config(source, revision), device, dtype)
+
+
+def _config(source: str, revision: str | None) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
+    except Exception as error:  # a model's files can break the loader in any way; the operator needs one message
+        raise ModelError(f"cannot load {source}: {error}") from error
+    return config
+
+
+def _load(
+    kind: Any, source: str, revision: str | None, config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
     attention.register()
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        if config.num_labels != 1:
-            raise ModelError(f"{source} has num_labels = {config.num_labels}; a reward model has 1")
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = kind.from_pretrained(
             source,
             revision=revision,
             config=config,
@@ -52,9 +89,7 @@ def load_classifier(source: str, revision: str | None, device: torch.device, dty
             attn_implementation=attention.IMPLEMENTATION,
             output_loading_info=True,
         )
-    except ModelError:
-        raise
-    except Exception as error:  # a model's files can break the loader in any way; the operator needs one message
+    except Exception as error:  # as above
         raise ModelError(f"cannot load {source}: {error}") from error
     _refuse_incomplete(source, report)
     loaded: PreTrainedModel = model.to(device).eval()

@@ -1,0 +1,65 @@
+"""What an engine says of the model that it was given, and what is done to the model before it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from densereward.engines.base import EngineFacts
+from densereward.engines.torch.linear import speed_up
+from densereward.engines.torch.loading import max_length, weights_fingerprint
+from densereward.engines.torch.memory import keep_freed_memory
+
+__all__ = ["facts_of", "prepare"]
+
+# On a CPU, larger passes gain nothing; a GPU needs them to be busy.
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Nothing is trained, and a CPU computes as fast as it can."""
+    model.requires_grad_(False)
+    if model.device.type == "cpu":
+        speed_up(model.base_model)
+        keep_freed_memory()
+
+
+def facts_of(
+    model: PreTrainedModel, head: str, longest: int | None = None, batch_tokens: int | None = None
+) -> EngineFacts:
+    """The facts of a transformers model.
+
+    Args:
+        model: the model.
+        head: the head's name.
+        longest: tokens in the longest sequence to read; by default what the config gives.
+        batch_tokens: tokens in one pass; by default what suits the device.
+
+    Raises:
+        ModelError: nothing says how long a sequence may be.
+    """
+    embedding: Any = model.get_input_embeddings()
+    return EngineFacts(
+        engine="torch",
+        family=type(model).__name__,
+        head=head,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_length=max_length(model.config, longest),
+        vocabulary_size=embedding.num_embeddings,
+        layers=model.config.get_text_config().num_hidden_layers,
+        batch_tokens=batch_tokens or _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cuda"]),
+        pair_cost=_pair_cost(model),
+        weights_fingerprint=weights_fingerprint(model),
+    )
+
+
+def _pair_cost(model: PreTrainedModel) -> float:
+    """Multiplications for one query and one key, in all heads and layers, over those of a token's matrices."""
+    config = model.config.get_text_config()
+    head: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * config.num_attention_heads * head * config.num_hidden_layers
+    embedding: Any = model.get_input_embeddings()
+    matrices = sum(each.numel() for each in model.parameters() if each.ndim > 1) - embedding.weight.numel()
+    return float(attention / matrices)

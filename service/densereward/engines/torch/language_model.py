@@ -1,0 +1,157 @@
+"""A causal language model as an engine: how probable it finds each token of a response.
+
+Its score of a sequence is the log-probability of the response and its closing tokens, log p(y | x), and a prefix's the
+same of the response so far, so that differences of prefix scores are the tokens' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from transformers import PreTrainedModel
+
+from densereward.capture import Captured, LogProbabilities, Need, Prefixes, PrefixMode, PrefixScores, ScoringInput
+from densereward.engines.base import TOLERANCE
+from densereward.engines.torch.attention import Alone
+from densereward.engines.torch.facts import facts_of, prepare
+from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_language_model
+from densereward.engines.torch.passes import Passes
+from densereward.engines.torch.pieces import WrittenOut
+from densereward.errors import EngineFailure, ModelError
+from densereward.heads.language_model import LanguageModelHead
+
+__all__ = ["LanguageModel", "in_sum"]
+
+_LOGS = frozenset([LogProbabilities(), LogProbabilities(alone=True)])
+_PROBE = 12
+"""Tokens on which the head is compared with the model's own."""
+
+
+class LanguageModel:
+    """A transformers language model in this process. See `engines.base.Engine`.
+
+    The first token of a sequence without a prompt comes after nothing and has no probability; it counts as given.
+
+    Args:
+        model: loaded by `loading.load_language_model`.
+        longest: tokens in the longest sequence to read; by default what the config gives.
+        batch_tokens: tokens in one pass, beyond which a sequence runs in pieces; by default what suits the device.
+        prompt_cache: bytes for the keys of prompts that come again; 0 runs every prompt anew.
+
+    Raises:
+        ModelError: the model does something with its logits that is not known here.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        longest: int | None = None,
+        batch_tokens: int | None = None,
+        prompt_cache: int = 0,
+    ) -> None:
+        prepare(model)
+        head = LanguageModelHead(model)
+        self.facts = replace(facts_of(model, head.name, longest, batch_tokens), needs_prompt=True)
+        self._passes = Passes(model, head, self.facts.layers, self.facts.batch_tokens, prompt_cache)
+        self._compare_with_its_own(model)
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        *,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+        longest: int | None = None,
+        batch_tokens: int | None = None,
+        prompt_cache: int = 0,
+    ) -> LanguageModel:
+        """Load from a folder or a hub id.
+
+        Raises:
+            ModelError: the model cannot be loaded or read as a language model.
+        """
+        chosen = choose_device(device)
+        model = load_language_model(source, None, chosen, choose_dtype(dtype, chosen))
+        return cls(model, longest, batch_tokens, prompt_cache)
+
+    @property
+    def provides(self) -> frozenset[Need]:
+        """Log-probabilities, and their sums over prefixes."""
+        return frozenset([PrefixScores("open"), LogProbabilities(), LogProbabilities(alone=True)])
+
+    def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+        """Log-probabilities of a batch in one pass, or of a sequence that is too long for one in pieces.
+
+        Raises:
+            EngineFailure: a pass failed.
+        """
+        results = self._passes.run([_written_out(sequence) for sequence in batch])
+        values = [_with_first(result.reads, result.whole.sequence) for result in results]
+        return [
+            in_sum(sequence, own, own if sequence.needs & _LOGS else None)
+            for sequence, own in zip(batch, values, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Drop the model and give its memory back."""
+        self._passes.close()
+        torch.cuda.empty_cache()
+
+    def _compare_with_its_own(self, model: Any) -> None:
+        """The model's own forward pass, head included, is the reference for what is read here."""
+        ids = np.random.default_rng(0).integers(0, self.facts.vocabulary_size, _PROBE).tolist()
+        probe = ScoringInput(ids, 1, len(ids) - 1, len(ids) - 1)
+        positions = torch.arange(len(ids), device=model.device)[None]
+        try:
+            [here] = self.forward([probe])
+            with torch.inference_mode():
+                logits = model(
+                    input_ids=torch.tensor([ids], device=model.device),
+                    position_ids=positions,
+                    use_cache=False,
+                    packed=Alone(),
+                ).logits[0]
+        except (EngineFailure, TypeError) as error:
+            raise ModelError(f"{self.facts.family} cannot be read as a language model: {error}") from error
+        own = torch.log_softmax(logits.float(), dim=-1)[torch.arange(len(ids) - 1), ids[1:]].sum().item()
+        if not abs(own - here.reward) <= TOLERANCE[self.facts.dtype] * max(1.0, abs(own)):
+            raise ModelError(
+                f"{self.facts.family} gives a text the log-probability {own:.4f} and {here.reward:.4f} is read here; "
+                "it does something with its logits that is not known"
+            )
+
+
+def in_sum(
+    sequence: ScoringInput, values: Float32[np.ndarray, " _"], log_probabilities: Float32[np.ndarray, " _"] | None
+) -> Captured:
+    """A sequence whose score is the sum of its tokens' values, closing tokens included, and a prefix's that so far."""
+    prefixes: dict[PrefixMode, Prefixes] = {}
+    if PrefixScores("open") in sequence.needs:
+        after = np.cumsum(values[: sequence.response_length], dtype=np.float64).astype(np.float32)
+        prefixes["open"] = Prefixes(0.0, after)
+    return Captured(
+        reward=float(values.sum(dtype=np.float64)),
+        length=sequence.response_length,
+        prefixes=prefixes,
+        log_probabilities=log_probabilities,
+    )
+
+
+def _written_out(sequence: ScoringInput) -> WrittenOut:
+    """A sequence of which the response's and the closing tokens are read, each where the token before it stands."""
+    ids = np.asarray(sequence.token_ids, dtype=np.int64)
+    reads = np.arange(max(sequence.prompt_length - 1, 0), len(ids) - 1)
+    nothing = np.zeros(0, dtype=np.int64)
+    return WrittenOut(sequence, ids, np.arange(len(ids)), nothing, reads, following=ids[reads + 1])
+
+
+def _with_first(values: Float32[np.ndarray, " _"], sequence: ScoringInput) -> Float32[np.ndarray, " _"]:
+    """One value a token, also for a first token that is given."""
+    given = 0 if sequence.prompt_length else 1
+    return np.concatenate([np.zeros(given, np.float32), values])

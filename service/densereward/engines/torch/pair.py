@@ -1,0 +1,86 @@
+"""A policy and its reference as one reward model: the implicit reward, log p(y | x) - log p_ref(y | x).
+
+What a policy was trained to prefer over its reference is a reward (Rafailov et al., arXiv 2404.12358), up to the
+factor that it was trained with. It is a sum over tokens, so every prefix has a score and every token its own part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+from densereward.capture import Captured, LogProbabilities, LogRatios, Need, ScoringInput
+from densereward.engines.torch.language_model import LanguageModel, in_sum
+from densereward.errors import EngineFailure, ModelError
+
+__all__ = ["Pair"]
+
+_ALONE = LogProbabilities(alone=True)
+
+
+class Pair:
+    """Two language models with one vocabulary. See `engines.base.Engine`.
+
+    Where log-probabilities alone are needed, the reference is left out.
+
+    Args:
+        policy: the trained model.
+        reference: what it was trained from.
+
+    Raises:
+        ModelError: their vocabularies are of different sizes.
+    """
+
+    def __init__(self, policy: LanguageModel, reference: LanguageModel) -> None:
+        first, second = policy.facts, reference.facts
+        if first.vocabulary_size != second.vocabulary_size:
+            raise ModelError(
+                f"the policy has {first.vocabulary_size} tokens and the reference {second.vocabulary_size}; a pair has "
+                "one vocabulary"
+            )
+        self._policy = policy
+        self._reference = reference
+        both = first.weights_fingerprint + second.weights_fingerprint
+        self.facts = replace(
+            first,
+            head="log_ratio",
+            max_length=min(first.max_length, second.max_length),
+            batch_tokens=min(first.batch_tokens, second.batch_tokens),
+            weights_fingerprint=hashlib.sha256(both.encode()).hexdigest(),
+        )
+
+    @property
+    def provides(self) -> frozenset[Need]:
+        """Log-ratios, their sums over prefixes, and the policy's log-probabilities."""
+        return self._policy.provides | {LogRatios()}
+
+    def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+        """The policy's pass, then the reference's over what it is needed for.
+
+        Raises:
+            EngineFailure: a pass failed.
+        """
+        asked = [replace(sequence, needs=frozenset([_ALONE])) for sequence in batch]
+        policy = self._policy.forward(asked)
+        compared = [index for index, sequence in enumerate(batch) if _ALONE not in sequence.needs]
+        reference = self._reference.forward([asked[index] for index in compared]) if compared else []
+        results = list(policy)
+        for index, other in zip(compared, reference, strict=True):
+            results[index] = _compared(batch[index], policy[index], other)
+        return results
+
+    def close(self) -> None:
+        """Drop both models."""
+        self._policy.close()
+        self._reference.close()
+
+
+def _compared(sequence: ScoringInput, policy: Captured, reference: Captured) -> Captured:
+    """The reward of a sequence that both models have read."""
+    first, second = policy.log_probabilities, reference.log_probabilities
+    if first is None or second is None:
+        raise EngineFailure("a language model gave no log-probabilities")
+    ratios = first - second
+    captured = in_sum(sequence, ratios, first if LogProbabilities() in sequence.needs else None)
+    return replace(captured, log_ratios=ratios if LogRatios() in sequence.needs else None)
