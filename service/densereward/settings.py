@@ -103,8 +103,9 @@ class ModelSettings(BaseSettings):
     @classmethod
     def _is_a_pair(cls, given: str | None) -> str | None:
         """Its parts have their names."""
-        names = [] if given is None else [name for name, _, source in _parts(given) if source]
-        if given is not None and names not in (["policy"], ["policy", "reference"]):
+        parts = [] if given is None else _parts(given)
+        whole = all(source for _, _, source in parts)
+        if given is not None and not (whole and [name for name, *_ in parts] in (["policy"], ["policy", "reference"])):
             raise ValueError(f"{given!r} is not of the form policy=SOURCE,reference=SOURCE")
         return given
 
