@@ -356,6 +356,9 @@ class ModelCard(_Answer):
     max_length: int
     closing_token_ids: list[int]
     adds_bos: bool
+    step_separator: str | None = Field(
+        None, description="What is written after each step of a response, where the model judges steps."
+    )
     prefix_modes: list[str]
     tokenizer_fingerprint: str
     template_fingerprint: str | None

@@ -18,6 +18,7 @@ from densereward.cuts import Cuts
 from densereward.errors import InvalidRequest, ModelError, TooLong
 from densereward.methods.base import Response
 from densereward.slots import Slots
+from densereward.steps import in_steps
 from densereward.tokens import Vocabulary
 from densereward_client.wire import Sample
 
@@ -52,6 +53,7 @@ class _Text:
     prompt_ids: list[int]
     response_ids: list[int]
     spans: list[Span] | None
+    steps: Sequence[int] = ()
     warnings: list[str] = field(default_factory=list)
 
 
@@ -63,17 +65,32 @@ class Aligner:
         max_length: tokens in the longest sequence the model reads.
         vocabulary_size: token ids are below it.
         needs_prompt: whether an empty prompt is refused.
+        unit: what the model scores.
+        cut, separator: how steps are written, where that is what it scores.
 
     Raises:
         ModelError: the tokenizer or its template cannot be used.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, vocabulary_size: int, *, needs_prompt: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        vocabulary_size: int,
+        *,
+        needs_prompt: bool = False,
+        unit: str = "sequence",
+        cut: str | None = None,
+        separator: str | None = None,
+    ) -> None:
         self.vocabulary = Vocabulary(tokenizer)
         self.template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
         self.max_length = max_length
         self._vocabulary_size = vocabulary_size
         self._needs_prompt = needs_prompt
+        self._unit = unit
+        self._cut = cut
+        self._separator = separator
         if self.template is None:
             self.closing_ids = self.vocabulary.suffix_ids
         else:
@@ -85,6 +102,12 @@ class Aligner:
                 f"the tokenizer closes a response with {outside}, and the model has {vocabulary_size} tokens; it is "
                 "another model's tokenizer"
             )
+        self._written_after = self.closing_ids
+        if unit != "sequence":
+            self.closing_ids = []  # nothing is read behind the last token or step
+        self._separator_ids = [] if separator is None else self.vocabulary.encode(separator).ids
+        if separator is not None and not self._separator_ids:
+            raise ModelError(f"the tokenizer writes no token for the separator {separator!r} of steps")
 
     @property
     def adds_bos(self) -> bool:
@@ -98,6 +121,8 @@ class Aligner:
             InvalidRequest: a field, a length or an id that cannot be served.
             TooLong: more tokens than the model reads.
         """
+        if self._separator_ids:
+            sample = self._as_text(sample)
         text = self._tokenize(sample)
         closing = missing_closing(text.response_ids, self.closing_ids) if sample.finished else []
         token_ids = [*text.prompt_ids, *text.response_ids, *closing]
@@ -109,11 +134,14 @@ class Aligner:
             scored_position=len(token_ids) - 1,
             closing_ids=self.closing_ids,
             needs=needs,
+            steps=[len(text.prompt_ids) + stop - 1 for stop in text.steps],
         )
         if self._needs_prompt and not sequence.prompt_length:
             raise InvalidRequest(
                 "a language model gives the first token of all no probability; give a prompt", code="empty_prompt"
             )
+        if self._unit == "token" and not text.steps:
+            raise InvalidRequest("this model scores tokens, and the response holds none", code="empty_response")
         self.check_length(sequence)
         slots = _slots(sample, len(text.response_ids))
         return Aligned(sequence, slots, self._response(sample, text, slots), text.spans, text.warnings)
@@ -155,6 +183,7 @@ class Aligner:
             entropies=None if sample.token_entropies is None else np.asarray(sample.token_entropies, dtype=np.float64),
             finished=sample.finished,
             cuts=cuts,
+            steps=text.steps,
         )
 
     def _tokenize(self, sample: Sample) -> _Text:
@@ -169,12 +198,48 @@ class Aligner:
         if sample.response_token_ids is not None:
             response_ids = list(sample.response_token_ids)
             text = _Text(prompt_ids, response_ids, self.vocabulary.spans_of_ids(response_ids))
+        elif self._cut is not None:
+            written = in_steps(sample.response or "", self._cut, self._separator_ids, self.vocabulary)
+            text = _Text(prompt_ids, written.ids, written.spans, written.stops)
         elif prompt_text is None:
             text = self._apart(prompt_ids, sample.response or "")
         else:
             text = self._together(sample, prompt_text, bare_ids, sample.response or "")
+        if self._unit == "token":
+            text.steps = range(1, len(text.response_ids) + 1)
         text.warnings.extend(self._notices(sample, text))
         return text
+
+    def _as_text(self, sample: Sample) -> Sample:
+        """A sample whose response is text, for it is written anew with separators; ids become spans to reward."""
+        ids = sample.response_token_ids
+        if ids is not None:
+            self._check_vocabulary(ids)
+            ended = len(self._written_after) - len(missing_closing(ids, self._written_after))
+            body = ids[: len(ids) - ended]
+            spans = self.vocabulary.spans_of_ids(body)
+            try:
+                text = self.vocabulary.bytes_of(body).decode()
+            except UnicodeDecodeError:
+                spans = None
+            if spans is None:
+                raise InvalidRequest(
+                    "the response is written anew, step by step, and its ids are no text; give `response` as text",
+                    code="no_text",
+                    field="response_token_ids",
+                )
+            size = len(text.encode())
+            given = {"response": text, "response_token_ids": None, "response_spans": [*spans, *[(size, size)] * ended]}
+            sample = sample.model_copy(update=given)
+        if not (sample.response or "").strip():
+            raise InvalidRequest("this model judges steps, and the response holds none", code="empty_response")
+        if self._separator != self._cut and self._separator is not None and self._separator in (sample.response or ""):
+            raise InvalidRequest(
+                f"the response holds {self._separator!r}, which stands for the end of a step and is written here",
+                code="separator_in_response",
+                field="response",
+            )
+        return sample
 
     def _prompt_text(self, sample: Sample) -> str:
         if sample.messages is None:
@@ -219,6 +284,8 @@ class Aligner:
         bos = self.vocabulary.bos_id
         if bos is not None and text.prompt_ids[:2] == [bos, bos]:
             notices.append("doubled_bos: the prompt begins with two BOS tokens; it was scored as it stands")
+        if self._cut is not None and not sample.finished:
+            notices.append("unfinished: the last step was cut by length, and is judged as if it had ended")
         response = sample.response
         template = None if sample.messages is None else self.template
         if response and response != response.strip() and template is not None and template.strips:

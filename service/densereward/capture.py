@@ -32,6 +32,8 @@ __all__ = [
     "ReceivedAttention",
     "ScoringInput",
     "Span",
+    "StepScores",
+    "Variants",
     "missing_closing",
 ]
 
@@ -103,7 +105,27 @@ class LogRatios:
     """The same under a policy, less that under its reference."""
 
 
-Need = PrefixScores | AttentionRow | Contributions | ReceivedAttention | Gradients | LogProbabilities | LogRatios
+@dataclass(frozen=True, slots=True)
+class StepScores:
+    """What a model that was trained to judge steps, or single tokens, says of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variants:
+    """The scores of other responses to the prompt."""
+
+
+Need = (
+    PrefixScores
+    | AttentionRow
+    | Contributions
+    | ReceivedAttention
+    | Gradients
+    | LogProbabilities
+    | LogRatios
+    | StepScores
+    | Variants
+)
 """One narrow thing an engine can keep from a forward pass; the sequence's score is always kept."""
 
 
@@ -113,7 +135,8 @@ class ScoringInput:
 
     `closing_ids` are all the closing tokens of the model, for closed prefixes; how many of them end this sequence is a
     matter of its own. Closed prefixes are scored before the response and after each of its tokens, or only after
-    the numbers of tokens that `boundaries` lists, in order, the whole response among them.
+    the numbers of tokens that `boundaries` lists, in order, the whole response among them. `steps` are the positions
+    at which a model that judges steps, or single tokens, is read.
     """
 
     token_ids: Sequence[int]
@@ -123,6 +146,7 @@ class ScoringInput:
     closing_ids: Sequence[int] = ()
     needs: frozenset[Need] = frozenset()
     boundaries: Sequence[int] | None = None
+    steps: Sequence[int] = ()
 
     @property
     def response_stop(self) -> int:
@@ -212,6 +236,7 @@ class Captured:
         contributions: per layer as it was asked for, what each response token added to the score.
         received_attention: per layer as it was asked for, what each response token got from later ones.
         gradients: as they were asked for, what each response token's embedding does to the score, to first order.
+        step_scores: as they were asked for, one a step.
         log_probabilities, log_ratios: as they were asked for, of the response's tokens and then the closing ones, nats.
         variants: for one method, what the variants gave that it asked for (`methods.base.Method.variants`).
     """
@@ -223,6 +248,7 @@ class Captured:
     contributions: Mapping[int | None, Float32[np.ndarray, " T"]] = field(default_factory=dict)
     received_attention: Mapping[int, Float32[np.ndarray, " T"]] = field(default_factory=dict)
     gradients: Float32[np.ndarray, " T"] | None = None
+    step_scores: Float32[np.ndarray, " B"] | None = None
     log_probabilities: Float32[np.ndarray, " _"] | None = None
     log_ratios: Float32[np.ndarray, " _"] | None = None
     variants: Sequence[Captured] = ()
@@ -237,5 +263,6 @@ class Captured:
             for prefixes in self.prefixes.values()
             if prefixes.before is not None
         ]
-        single = [each for each in (self.gradients, self.log_probabilities, self.log_ratios) if each is not None]
+        found = (self.gradients, self.step_scores, self.log_probabilities, self.log_ratios)
+        single = [each for each in found if each is not None]
         return [*scores, *before, *single, *(row for rows in kept for row in rows)]

@@ -21,6 +21,9 @@ __all__ = ["Plan", "availability", "boundaries_of", "needs_of", "plan"]
 
 _WITHOUT_PAIR = "it takes a policy and its reference: start the server with --pair policy=SOURCE,reference=SOURCE"
 
+_DEFAULTS = ("red", "steps", "abc")
+"""What a request without methods gets: the first of these that the model can serve."""
+
 _INCLUDED: dict[str, Need] = {"prefix_scores": PrefixScores(), "attention": AttentionRow(-1)}
 
 
@@ -46,7 +49,8 @@ def plan(request: TokenRewardsRequest, engine: Engine) -> list[Plan]:
         InvalidRequest: a parameter that does not fit, or one key for two methods.
         MethodUnavailable: no such method.
     """
-    default = "red" if availability(engine)["red"].available else "abc"
+    can = availability(engine)
+    default = next((name for name in _DEFAULTS if can[name].available), "sparse")
     plans = [_read(asked, engine.facts.layers) for asked in request.method_requests(default)]
     keys = [each.key for each in plans]
     if repeated := sorted(key for key, count in Counter(keys).items() if count > 1):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from densereward.capture import AttentionRow, Captured, PrefixScores, ScoringInput
+from densereward.capture import AttentionRow, Captured, PrefixScores, ScoringInput, StepScores
 from densereward.engines.base import TOLERANCE, Engine
 from densereward.errors import EngineFailure, ModelError
 
@@ -42,11 +42,13 @@ def _probes(engine: Engine) -> list[ScoringInput]:
     generator = np.random.default_rng(0)
     ids = generator.integers(0, engine.facts.vocabulary_size, 2 * max(_LENGTHS)).tolist()
     closing = ids[:_CLOSING]
-    needs = frozenset(need for need in engine.provides if isinstance(need, PrefixScores) or need == AttentionRow(-1))
+    kinds = PrefixScores | StepScores
+    needs = frozenset(need for need in engine.provides if isinstance(need, kinds) or need == AttentionRow(-1))
     probes = []
     for length in (*_LENGTHS, _LENGTHS[-1] - 1):
         prompt = 0 if length < max(_LENGTHS) - 1 else _PROMPT
         response = ids[-length : len(ids) - prompt]
+        steps = range(prompt, prompt + len(response)) if StepScores() in needs else ()
         probes.append(
             ScoringInput(
                 token_ids=[*ids[:prompt], *response, *closing],
@@ -55,14 +57,14 @@ def _probes(engine: Engine) -> list[ScoringInput]:
                 scored_position=length + _CLOSING - 1,
                 closing_ids=closing,
                 needs=needs,
+                steps=steps,
             )
         )
     return [probe for probe in probes if len(probe.token_ids) <= engine.facts.max_length]
 
 
 def _check_numbers(captured: Captured) -> None:
-    scores = [prefixes.after for prefixes in captured.prefixes.values()]
-    if not (math.isfinite(captured.reward) and all(np.isfinite(each).all() for each in scores)):
+    if not (math.isfinite(captured.reward) and all(np.isfinite(each).all() for each in captured.arrays)):
         raise ModelError("the self-check got a score that is not finite; is the dtype too narrow for this model?")
     for row in captured.attention_rows.values():
         if not (np.isfinite(row).all() and (row >= 0).all() and row.sum() <= 1 + 1e-3):
@@ -82,6 +84,8 @@ def _check_batch_invariance(together: Sequence[Captured], alone: Sequence[Captur
         moved = abs(first.reward - second.reward)
         for mode, prefixes in first.prefixes.items():
             moved = max(moved, float(np.abs(prefixes.after - second.prefixes[mode].after).max(initial=0)))
+        if first.step_scores is not None and second.step_scores is not None:
+            moved = max(moved, float(np.abs(first.step_scores - second.step_scores).max(initial=0)))
         if moved > tolerance * largest:
             raise ModelError(
                 f"the self-check's scores move by {moved:.2g} with the batch around them, which is more than rounding"

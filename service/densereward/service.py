@@ -55,6 +55,7 @@ def load(settings: ModelSettings, source: str | None = None) -> tuple[Engine, Al
         longest=settings.max_length,
         batch_tokens=settings.max_batch_tokens,
         prompt_cache=settings.prompt_cache_bytes,
+        separator=settings.step_separator,
     )
     aligner = _aligner(_tokenizer(source, settings.revision), engine)
     self_check(engine)
@@ -95,7 +96,15 @@ def _check_folder(source: str) -> None:
 
 def _aligner(tokenizer: object, engine: Engine) -> Aligner:
     facts = engine.facts
-    return Aligner(tokenizer, facts.max_length, facts.vocabulary_size, needs_prompt=facts.needs_prompt)
+    return Aligner(
+        tokenizer,
+        facts.max_length,
+        facts.vocabulary_size,
+        needs_prompt=facts.needs_prompt,
+        unit=facts.unit,
+        cut=facts.cut,
+        separator=facts.separator,
+    )
 
 
 def _tokenizer(source: str, revision: str | None) -> object:
@@ -136,6 +145,7 @@ class Service:
             for name, source in self.settings.sources.items():
                 if not self.draining:
                     self._pipelines[name] = await self._started_up(name, partial(load, self.settings, source))
+            self._check_separator()
             if self.settings.pair is not None and not self.draining:
                 self._pair = await self._started_up(PAIR, partial(load_pair, self.settings))
         except Exception as error:  # kept for whoever watches the start, and raised on
@@ -144,6 +154,12 @@ class Service:
         if not self.draining:
             self._started = True
             self.metrics.ready(True)
+
+    def _check_separator(self) -> None:
+        """A setting that no model heeds would leave the operator in the belief that one does."""
+        heads = {pipeline.card.head for pipeline in self._pipelines.values()}
+        if self.settings.step_separator is not None and "token_classifier" not in heads and not self.draining:
+            raise ModelError("--step-separator is for token classifiers, and none is served")
 
     async def _started_up(self, name: str, loading: Callable[[], tuple[Engine, Aligner]]) -> Pipeline:
         """Load one model."""

@@ -58,6 +58,12 @@ class ModelSettings(BaseSettings):
         description="policy=SOURCE,reference=SOURCE: two causal language models, served as the model `pair`, which "
         "give any other model the methods `implicit` and `contrastive`; policy=SOURCE alone gives only the latter.",
     )
+    step_separator: str | None = Field(
+        None,
+        min_length=1,
+        description="For a token classifier that was trained on steps, as by TRL's PRMTrainer: the text that ends each "
+        "of them, `\\n` for a line break. Without it, each token is scored.",
+    )
     max_length: PositiveInt | None = Field(
         None, description="Tokens in the longest sequence served; by default what the model's config gives."
     )
@@ -98,6 +104,12 @@ class ModelSettings(BaseSettings):
         if len(self.ensembles) < len(self.ensemble):
             raise ValueError(f"two ensembles have one name: {', '.join(self.ensemble)}")
         return self
+
+    @field_validator("step_separator")
+    @classmethod
+    def _with_line_breaks(cls, given: str | None) -> str | None:
+        """A shell writes a line break as two characters."""
+        return None if given is None else given.replace("\\n", "\n")
 
     @field_validator("pair")
     @classmethod

@@ -63,7 +63,8 @@ def test_every_knob_can_be_set_from_the_environment(
     run: Run, seen: list[ModelSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {
-        "model": ["m"], "ensemble": [], "revision": "r", "model_name": "n", "pair": "policy=p", "device": "cpu",
+        "model": ["m"], "ensemble": [], "revision": "r", "model_name": "n", "pair": "policy=p", "step_separator": "s",
+        "device": "cpu",
         "dtype": "float16", "max_length": 1,
         "max_batch_tokens": 2, "prompt_cache_bytes": 17, "max_queue_tokens": 3, "host": "h", "port": 4,
         "api_key": "k", "max_body_bytes": 5, "max_samples": 6, "request_timeout": 7.5,
@@ -88,6 +89,11 @@ def test_every_knob_can_be_set_from_the_environment(
 )
 def test_a_pair_is_read_from_one_line(pair: str | None, sources: dict[str, str]) -> None:
     assert ModelSettings(pair=pair).pair_sources == sources
+
+
+@pytest.mark.parametrize(("given", "separator"), [(r"\n\n", "\n\n"), ("\n", "\n"), (" ки", " ки")])
+def test_a_separator_may_be_given_as_a_shell_writes_line_breaks(given: str, separator: str) -> None:
+    assert ModelSettings(step_separator=given).step_separator == separator
 
 
 @pytest.mark.parametrize("pair", ["a,b", "reference=b", "reference=b,policy=a", "policy=,reference=b", "policy=a,b"])

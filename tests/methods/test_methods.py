@@ -338,6 +338,25 @@ def test_implicit_rewards_are_log_ratios_scaled_then_clipped_and_the_last_takes_
     assert given_credit.baseline == pytest.approx(-2.8 - sum(values), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("params", "rewards", "baseline"),
+    [
+        ({}, [0.0, 0.75, 0.0, 0.0, 0.25], -0.75),
+        ({"form": "signed"}, [0.0, 0.5, 0.0, 0.0, -0.5], 0.25),
+        ({"form": "difference"}, [0.0, 0.75, 0.0, 0.0, -0.5], 0.0),
+        ({"form": "signed", "place": "spread"}, [0.25, 0.25, -1 / 6, -1 / 6, -1 / 6], 0.25),
+    ],
+)
+def test_steps_are_rewarded_with_their_scores_at_their_ends_or_all_over(
+    params: dict[str, Any], rewards: list[float], baseline: float
+) -> None:
+    captured = Captured(reward=0.25, length=5, step_scores=np.array([0.75, 0.25], np.float32))
+    given_credit = credit("steps", captured, Response(5, 5, steps=[2, 5]), **params)
+    np.testing.assert_allclose(given_credit.rewards, rewards)
+    assert given_credit.baseline == pytest.approx(baseline)
+    assert given_credit.segments == (Segment(0, 2, 0.75), Segment(2, 5, 0.25))
+
+
 def test_contrastive_rewards_are_the_centred_sigmoid_of_the_two_log_probabilities() -> None:
     better, worse = ([-1.0, -2.0, -0.5, -0.1], [-3.0, -2.0, -400.0, -5.0])
     variants = [Captured(0.0, 3, log_probabilities=np.array(each, np.float32)) for each in (better, worse)]
@@ -498,6 +517,7 @@ def test_rewards_and_baseline_sum_to_the_sequences_reward(
         contributions={None: row - np.float32(0.5 / length)},
         received_attention={-1: row},
         gradients=row - np.float32(0.5 / length),
+        step_scores=row,
         log_ratios=np.append(row - np.float32(0.5 / length), np.array([0.25, -3.0], np.float32)),
     )
     weights = row.astype(np.float64) + 1e-9
@@ -505,7 +525,8 @@ def test_rewards_and_baseline_sum_to_the_sequences_reward(
     cuts = Cuts(lambda: b"a. B" * length, spans, None)
     method: Method[Any] = METHODS[name]()
     ids = list(range(length))
-    response = Response(length, length, ids, weights=weights, entropies=weights * 50, cuts=cuts)
+    steps = range(1, length + 1)
+    response = Response(length, length, ids, weights=weights, entropies=weights * 50, cuts=cuts, steps=steps)
     params = method.settle([captured], method.params_type())
     random = np.random.default_rng(seed)
     variants = [

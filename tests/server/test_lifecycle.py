@@ -174,7 +174,7 @@ def _with_a_broken_template(folder: Path) -> None:
         (str, "there is no folder {folder}"),
         (lambda folder: folder.mkdir(), "cannot load {folder}: "),
         (_without_head, "{folder}: 1 missing keys while loading (score.weight); such weights would be random and so"),
-        (_with_two_labels, "{folder} has num_labels = 2; a reward model has 1"),
+        (_with_two_labels, "{folder}: num_labels = 2; a reward model that scores sequences has 1"),
         (_without_weights, "cannot load {folder}: "),
         (_with_torn_weights, "cannot load {folder}: "),
         (_with_a_broken_template, "the chat template cannot be used: 'nobody' is undefined"),

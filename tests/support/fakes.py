@@ -18,6 +18,7 @@ from densereward.capture import (
     PrefixScores,
     ReceivedAttention,
     ScoringInput,
+    Variants,
 )
 from densereward.engines.base import EngineFacts
 
@@ -59,7 +60,8 @@ class FakeEngine:
     def provides(self) -> frozenset[Need]:
         kinds = (AttentionRow, Contributions, ReceivedAttention)
         in_layers = (kind(layer) for kind in kinds for layer in range(-2, 2))
-        return frozenset([PrefixScores("open"), PrefixScores("closed"), Contributions(), Gradients(), *in_layers])
+        single: list[Need] = [PrefixScores("open"), PrefixScores("closed"), Contributions(), Gradients(), Variants()]
+        return frozenset([*single, *in_layers])
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         self.started.set()

@@ -20,8 +20,8 @@ from densereward_client.wire import ErrorBody, RewardsResponse, TokenRewardsResp
 
 Json = dict[str, Any]
 
-NOT_BY_A_SCORE = ("implicit", "contrastive")
-"""Methods that a reward model with one score cannot serve by itself."""
+NOT_BY_A_SCORE = ("steps", "implicit", "contrastive")
+"""Methods that a model which scores sequences cannot serve by itself."""
 
 SCORE = 1e-6
 """How far a score of the tiny models, which is about 1, may move with its company."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     CohereConfig,
     Gemma2Config,
     GPT2Config,
@@ -19,6 +23,7 @@ from transformers import (
     PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -111,6 +116,46 @@ def save(folder: Path, architecture: str = "llama", *, adds_bos: bool = False, *
     """A model folder like any other."""
     make_model(architecture, **changes).save_pretrained(folder)
     make_tokenizer(adds_bos=adds_bos).save_pretrained(folder)
+    return folder
+
+
+def save_judge(folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
+    """A token classifier's folder; two labels unless it is told otherwise."""
+    make_model(architecture, seed, AutoModelForTokenClassification, **{"num_labels": 2} | changes).save_pretrained(
+        folder
+    )
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_process_model(folder: Path, seed: int = 0) -> Path:
+    """A folder in the layout of Qwen2.5-Math-PRM: its names of weights, its architecture, its special token."""
+    torch.manual_seed(seed)
+    sizes = {**_SIZE, "vocab_size": 321, "num_labels": 2, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
+    config = Qwen2Config(**sizes)
+    decoder = AutoModel.from_config(config)
+    hidden = config.hidden_size
+    layers = [torch.nn.Linear(hidden, hidden), torch.nn.Linear(hidden, 2)]
+    with torch.no_grad():
+        for parameter in [*decoder.parameters(), *layers[0].parameters(), *layers[1].parameters()]:
+            parameter.mul_(3 if parameter.ndim > 1 else 1)
+    weights = {f"model.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    weights |= {
+        f"score.{i}.{name}": each
+        for i, layer in zip((0, 2), layers, strict=True)
+        for name, each in layer.state_dict().items()
+    }
+    weights["lm_head.weight"] = torch.zeros(321, hidden)  # published checkpoints carry one that nothing reads
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    written = config.to_dict() | {
+        "architectures": ["Qwen2ForProcessRewardModel"],
+        "auto_map": {"AutoModel": "modeling_qwen2_rm.Qwen2ForProcessRewardModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(written))
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra_0>"]})
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from densereward.capture import Captured, Need, ScoringInput
 
@@ -31,6 +31,9 @@ class EngineFacts:
         batch_tokens: tokens in a forward pass that the device does best with.
         pair_cost: what one query looking at one key costs, in tokens' worth of matrix products.
         weights_fingerprint: changes when a weight does.
+        unit: what the head scores: a sequence (and likewise any prefix of it), a token, or a step.
+        cut, separator: what stands between steps in a response, and what is written after each for the model to judge
+            it; None where the unit is no step.
         needs_prompt: whether nothing can be said of a response to an empty prompt.
     """
 
@@ -45,6 +48,9 @@ class EngineFacts:
     batch_tokens: int
     pair_cost: float
     weights_fingerprint: str
+    unit: Literal["sequence", "token", "step"] = "sequence"
+    cut: str | None = None
+    separator: str | None = None
     needs_prompt: bool = False
 
 

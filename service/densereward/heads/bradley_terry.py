@@ -6,13 +6,14 @@ whose layer is called `score`. The head applies to any position, so a prefix's s
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import ScoreHead
+from densereward.heads.base import ScoreHead, in_float32
 
 __all__ = ["BradleyTerryHead"]
 
@@ -26,6 +27,13 @@ class BradleyTerryHead(ScoreHead):
 
     name = "bradley_terry"
 
+    @classmethod
+    def model_class(cls, config: PretrainedConfig) -> Any:
+        """Transformers' own."""
+        if config.num_labels != 1:
+            raise ModelError(f"num_labels = {config.num_labels}; a reward model that scores sequences has 1")
+        return AutoModelForSequenceClassification
+
     def __init__(self, model: PreTrainedModel) -> None:
         layer = getattr(model, "score", None)
         if not isinstance(layer, nn.Linear) or layer.out_features != 1:
@@ -33,10 +41,8 @@ class BradleyTerryHead(ScoreHead):
                 f"{type(model).__name__} has no linear layer `score` with one output (num_labels = "
                 f"{model.config.num_labels}); only single-label sequence classifiers on decoder models are served"
             )
-        self._weight = layer.weight.detach().float()
-        self._bias = None if layer.bias is None else layer.bias.detach().float()
+        self._layer = layer
 
     def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
         """Rewards read at M positions."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self._weight, self._bias)[:, 0]
+        return in_float32(self._layer, hidden)[:, 0]

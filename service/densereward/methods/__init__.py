@@ -17,6 +17,7 @@ METHODS = Table(
         "attribution": "densereward.methods.attribution:Attribution",
         "occlusion": "densereward.methods.occlusion:Occlusion",
         "shapley": "densereward.methods.shapley:Shapley",
+        "steps": "densereward.methods.steps:StepRewards",
         "implicit": "densereward.methods.implicit:Implicit",
         "contrastive": "densereward.methods.contrastive:Contrastive",
         "uniform": "densereward.methods.uniform:Uniform",

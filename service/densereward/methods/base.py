@@ -83,6 +83,7 @@ class Response:
         entropies: the policy's, in nats, one a slot, for `segment`.
         finished: whether the response ended by itself; otherwise no closing tokens were scored.
         cuts: where its text can be cut; None where the bytes of its tokens cannot be known.
+        steps: tokens before each step's end, for a model that judges steps, or single tokens.
     """
 
     length: int
@@ -93,6 +94,7 @@ class Response:
     entropies: Float64[np.ndarray, " L"] | None = None
     finished: bool = True
     cuts: Cuts | None = None
+    steps: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

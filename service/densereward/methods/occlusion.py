@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from densereward.capture import Captured
+from densereward.capture import Captured, Need, Variants
 from densereward.methods.base import Credit, Method, Response, Segment
 from densereward.methods.units import UnitParams, Units
 
@@ -35,6 +35,10 @@ class Occlusion(Method[UnitParams]):
 
     params_type = UnitParams
     passes = None
+
+    def needs(self, params: UnitParams) -> frozenset[Need]:
+        """The scores of other responses."""
+        return frozenset([Variants()])
 
     def variants(self, response: Response, params: UnitParams) -> Sequence[Sequence[int]]:
         """The response without each of its units."""

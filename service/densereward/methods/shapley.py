@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 from pydantic import Field, NonNegativeInt
 
-from densereward.capture import Captured
+from densereward.capture import Captured, Need, Variants
 from densereward.errors import InvalidRequest
 from densereward.methods.base import Credit, Method, Response, Segment
 from densereward.methods.prefixes import cuts_of
@@ -67,6 +67,10 @@ class Shapley(Method[ShapleyParams]):
 
     params_type = ShapleyParams
     passes = None
+
+    def needs(self, params: ShapleyParams) -> frozenset[Need]:
+        """The scores of other responses."""
+        return frozenset([Variants()])
 
     def variants(self, response: Response, params: ShapleyParams) -> Sequence[Sequence[int]]:
         """The response's coalitions, but for the whole."""

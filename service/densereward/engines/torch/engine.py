@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,18 @@ from densereward.capture import (
     PrefixScores,
     ReceivedAttention,
     ScoringInput,
+    StepScores,
+    Variants,
 )
 from densereward.engines.torch.facts import facts_of, prepare
 from densereward.engines.torch.gradients import gradients
-from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_classifier
+from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_scorer
 from densereward.engines.torch.packing import counted_from_0
 from densereward.engines.torch.passes import Passes, Result
 from densereward.engines.torch.pieces import write_out
 from densereward.errors import EngineFailure
-from densereward.heads.bradley_terry import BradleyTerryHead
+from densereward.heads import head_for
+from densereward.heads.base import ScoreHead, Steps
 
 __all__ = ["TorchEngine"]
 
@@ -42,10 +46,11 @@ class TorchEngine:
     """A transformers reward model in this process. See `engines.base.Engine`.
 
     Args:
-        model: a sequence classifier loaded by `loading.load_classifier`.
+        model: loaded by `loading.load_scorer`.
         longest: tokens in the longest sequence to read; by default what the config gives.
         batch_tokens: tokens in one pass, beyond which a sequence runs in pieces; by default what suits the device.
         prompt_cache: bytes for the keys of prompts that come again; 0 runs every prompt anew.
+        separator: what ends each step, if the model is a token classifier that was trained on steps.
 
     Raises:
         ModelError: the model cannot be read as a reward model.
@@ -57,12 +62,23 @@ class TorchEngine:
         longest: int | None = None,
         batch_tokens: int | None = None,
         prompt_cache: int = 0,
+        separator: str | None = None,
     ) -> None:
         self._model: Any = model
         prepare(model)
-        self._head = BradleyTerryHead(model)
-        self.facts = facts_of(model, self._head.name, longest, batch_tokens)
+        self._head: ScoreHead = head_for(type(model).__name__)(model)
+        steps = self._head.steps
+        if steps is None and separator is not None and self._head.unit == "token":
+            steps = Steps(cut=separator, separator=separator)
+        self.facts = replace(
+            facts_of(model, self._head.name, longest, batch_tokens),
+            unit=self._head.unit if steps is None else "step",
+            cut=None if steps is None else steps.cut,
+            separator=None if steps is None else steps.separator,
+        )
         self._passes = Passes(model, self._head, self.facts.layers, self.facts.batch_tokens, prompt_cache)
+        if self.facts.unit != "sequence":
+            return
         layers = range(-self.facts.layers, self.facts.layers)
         contributed = [Contributions(), *(Contributions(layer) for layer in layers)]
         kinds: list[list[Need]] = [[*contributed], [Gradients()]]
@@ -89,6 +105,7 @@ class TorchEngine:
         longest: int | None = None,
         batch_tokens: int | None = None,
         prompt_cache: int = 0,
+        separator: str | None = None,
     ) -> TorchEngine:
         """Load from a folder or a hub id.
 
@@ -96,16 +113,18 @@ class TorchEngine:
             ModelError: the model cannot be loaded or read as a reward model.
         """
         chosen = choose_device(device)
-        return cls(
-            load_classifier(source, revision, chosen, choose_dtype(dtype, chosen)), longest, batch_tokens, prompt_cache
-        )
+        model = load_scorer(source, revision, chosen, choose_dtype(dtype, chosen))
+        return cls(model, longest, batch_tokens, prompt_cache, separator)
 
     @property
     def provides(self) -> frozenset[Need]:
-        """Prefix scores, open and closed, in every layer all that can be kept of it, and what can be differentiated."""
+        """Scores of steps; or of prefixes, what each layer can give, and what can be differentiated."""
+        if self.facts.unit != "sequence":
+            return frozenset([StepScores()])
         layers = range(-self.facts.layers, self.facts.layers)
         in_layers = (kind(layer) for kind in (AttentionRow, ReceivedAttention) for layer in layers)
-        return frozenset([PrefixScores("open"), PrefixScores("closed"), *in_layers]) | self._differentiated
+        scores: list[Need] = [PrefixScores("open"), PrefixScores("closed"), Variants()]
+        return frozenset([*scores, *in_layers]) | self._differentiated
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         """Score a batch in one pass, or a sequence that is too long for one in pieces.
@@ -126,10 +145,12 @@ class TorchEngine:
                 kept[type(need)][need.layer] = result.rows[counted_from_0(need, layers)][response]
             elif isinstance(need, ReceivedAttention):
                 kept[type(need)][need.layer] = result.sums[need.layer % layers][response]
+        steps = result.reads[len(result.reads) - len(sequence.steps) :]
         return Captured(
-            reward=float(result.reads[0]),
+            reward=float(result.reads[0] if self.facts.unit != "token" else steps.mean(dtype=np.float64)),
             length=sequence.response_length,
-            prefixes=_prefixes(sequence, result.reads[1:]),
+            prefixes=_prefixes(sequence, result.reads[1 : len(result.reads) - len(steps)]),
+            step_scores=steps if StepScores() in sequence.needs else None,
             attention_rows=kept[AttentionRow],
             contributions=kept[Contributions],
             received_attention=kept[ReceivedAttention],

@@ -15,7 +15,16 @@ import torch
 from jaxtyping import Float32
 from transformers import PreTrainedModel
 
-from densereward.capture import Captured, LogProbabilities, Need, Prefixes, PrefixMode, PrefixScores, ScoringInput
+from densereward.capture import (
+    Captured,
+    LogProbabilities,
+    Need,
+    Prefixes,
+    PrefixMode,
+    PrefixScores,
+    ScoringInput,
+    Variants,
+)
 from densereward.engines.base import TOLERANCE
 from densereward.engines.torch.attention import Alone
 from densereward.engines.torch.facts import facts_of, prepare
@@ -83,7 +92,7 @@ class LanguageModel:
     @property
     def provides(self) -> frozenset[Need]:
         """Log-probabilities, and their sums over prefixes."""
-        return frozenset([PrefixScores("open"), LogProbabilities(), LogProbabilities(alone=True)])
+        return frozenset([PrefixScores("open"), Variants(), LogProbabilities(), LogProbabilities(alone=True)])
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         """Log-probabilities of a batch in one pass, or of a sequence that is too long for one in pieces.

@@ -9,20 +9,20 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from densereward.engines.torch import attention
 from densereward.errors import ModelError
+from densereward.heads import head_for
 
 __all__ = [
     "Dtype",
     "choose_device",
     "choose_dtype",
-    "load_classifier",
     "load_language_model",
+    "load_scorer",
     "max_length",
     "weights_fingerprint",
 ]
@@ -47,16 +47,19 @@ def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def load_classifier(source: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A `*ForSequenceClassification` model from a folder or a hub id, ready for packed batches.
+def load_scorer(source: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A reward model from a folder or a hub id, ready for packed batches; its architecture says what is loaded.
 
     Raises:
         ModelError: no such model, another kind of model, or weights that its files do not hold.
     """
     config = _config(source, revision)
-    if config.num_labels != 1:
-        raise ModelError(f"{source} has num_labels = {config.num_labels}; a reward model has 1")
-    return _load(AutoModelForSequenceClassification, source, revision, config, device, dtype)
+    architecture = next(iter(config.architectures or []), "")
+    try:
+        kind = head_for(architecture).model_class(config)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error.message}") from error
+    return _load(kind, source, revision, config, device, dtype)
 
 
 def load_language_model(source: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -38,7 +38,7 @@ class WrittenOut:
         ids, positions: [S + B * c], block after block behind the sequence.
         closed_at: [B], response tokens before each block, in order; empty where no closed prefix is needed.
         reads: where the head is read: R, then open s_0 (if there is a token before it) and s_1..s_T, then closed s_0
-            (likewise) and one score a block.
+            (likewise) and one score a block, then one a step.
         following: the token after each read, for a head that judges it; otherwise empty.
     """
 
@@ -69,6 +69,7 @@ def write_out(sequence: ScoringInput) -> WrittenOut:
         ids = np.concatenate([ids, blocks])
         positions = np.concatenate([positions, (start + closed_at[:, None] + np.arange(size)).ravel()])
         reads += closed_reads
+    reads += sequence.steps
     return WrittenOut(sequence, ids, positions, closed_at, np.array(reads))
 
 

@@ -1,0 +1,49 @@
+"""Token classifiers: one linear layer, read at every token of the response, or at the end of each step.
+
+TLCR (arXiv 2407.16574) trains one to tell good tokens from bad ones; TRL's PRMTrainer trains one on steps, each of
+which ends with a separator at which it is judged (`--step-separator`). One label is a score as it stands; of two, the
+score is the probability of the good one, which `good_label` finds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float, Float32
+from torch import Tensor, nn
+from transformers import AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
+
+from densereward.errors import ModelError
+from densereward.heads.base import ScoreHead, good_label, in_float32
+
+__all__ = ["TokenClassifierHead"]
+
+
+class TokenClassifierHead(ScoreHead):
+    """The linear layer of a token classifier with one label or two.
+
+    Raises:
+        ModelError: there is no such layer.
+    """
+
+    name = "token_classifier"
+    unit = "token"
+
+    @classmethod
+    def model_class(cls, config: PretrainedConfig) -> Any:
+        """Transformers' own."""
+        if config.num_labels not in (1, 2):
+            raise ModelError(f"num_labels = {config.num_labels}; a reward model that scores tokens has 1 or 2")
+        return AutoModelForTokenClassification
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        layer = getattr(model, "score", None) or getattr(model, "classifier", None)
+        if not isinstance(layer, nn.Linear) or layer.out_features != model.config.num_labels:
+            raise ModelError(f"{type(model).__name__} has no linear layer `score` or `classifier` for its labels")
+        self._layer = layer
+        self._good = good_label(model.config) if layer.out_features == 2 else None
+
+    def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
+        """The one label's score, or the probability of the good one of two."""
+        logits = in_float32(self._layer, hidden)
+        return logits[:, 0] if self._good is None else logits.softmax(dim=1)[:, self._good]

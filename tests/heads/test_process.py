@@ -1,0 +1,35 @@
+"""Process reward models in the form of Qwen2.5-Math-PRM: loading by their own names, and what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import tiny
+from densereward.engines.torch.engine import TorchEngine
+from densereward.errors import ModelError
+from densereward.selfcheck import self_check
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.save_process_model(tmp_path)
+
+
+def test_it_is_loaded_without_its_code_and_steps_are_written_as_the_family_does(folder: Path) -> None:
+    engine = TorchEngine.load(str(folder), device="cpu")
+    self_check(engine)
+    facts = engine.facts
+    assert (facts.family, facts.head, facts.unit) == ("Qwen2ForProcessRewardModel", "process", "step")
+    assert (facts.cut, facts.separator) == ("\n\n", "<extra_0>")
+
+
+@pytest.mark.parametrize("name", ["score.0.weight", "score.2.bias", "model.layers.1.mlp.up_proj.weight"])
+def test_a_missing_weight_is_not_made_up(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ModelError, match="1 missing keys while loading"):
+        TorchEngine.load(str(folder), device="cpu")
