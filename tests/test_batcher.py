@@ -61,6 +61,18 @@ async def test_an_empty_request_is_answered_without_a_pass() -> None:
     assert engine.batches == []
 
 
+async def test_very_many_sequences_keep_their_order_and_leave_the_loop_alone() -> None:
+    engine = FakeEngine()
+    async with running(engine, max_batch_tokens=4000, max_queue_tokens=10**6) as batcher, asyncio.timeout(20):
+        scoring = asyncio.create_task(batcher.score([sequence(i % 50, i) for i in range(2000)]))
+        turns = 0
+        while not engine.started.is_set():
+            await asyncio.sleep(0)
+            turns += 1
+        assert rewards(await scoring) == [i % 50 + i for i in range(2000)]
+    assert turns > 2  # the loop had its turns while they were priced
+
+
 async def test_whoever_waits_together_runs_together_in_order_up_to_the_budget() -> None:
     engine = FakeEngine()
     engine.gate.clear()

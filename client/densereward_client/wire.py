@@ -27,6 +27,7 @@ from ._arrays import Ids, Mask, Numbers, Spans, decode_base64, encode_base64
 
 __all__ = [
     "Ensemble",
+    "EnsembleCard",
     "Error",
     "ErrorBody",
     "FloatArray",
@@ -365,8 +366,18 @@ class ModelCard(_Answer):
     methods: dict[str, MethodAvailability]
 
 
+class EnsembleCard(_Answer):
+    """Several of the models under a name of their own."""
+
+    id: str
+    object: Literal["ensemble"] = "ensemble"
+    models: list[str]
+    how: str
+
+
 class ModelList(_Answer):
     """Answer of GET /v1/models."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+    ensembles: list[EnsembleCard] = Field(default_factory=list)

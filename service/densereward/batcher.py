@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from densereward.capture import Captured, ScoringInput
-from densereward.cost import Bill, price
+from densereward.cost import Bill, Price, price
 from densereward.engines.base import Engine
 from densereward.errors import EngineFailure, NotReady, Overloaded, TooLarge
 from densereward.lines import Lines, Scored, Waiting
 from densereward.metrics import Metrics
 
 __all__ = ["Batcher", "Scored"]
+
+_MANY = 512
+"""Sequences of one call that are priced in a thread."""
 
 _SHORTEST_WAIT = 0.1
 """Seconds that a refused caller is told to wait at least."""
@@ -55,7 +58,11 @@ class Batcher:
             TooLarge: it never will have.
             NotReady: the server is shutting down.
         """
-        waiting = self._priced(sequences)
+        if len(sequences) > _MANY:  # pricing them would hold the loop for long
+            prices = await asyncio.to_thread(_priced, sequences)
+        else:
+            prices = _priced(sequences)
+        waiting = self._waiting(sequences, prices)
         self._admit(sum(each.held for each in waiting))
         line = self._lines.join(waiting)
         self._arrived.set()
@@ -66,17 +73,15 @@ class Batcher:
             raise
         return [_scored_or_failure(result) for result in results]
 
-    def _priced(self, sequences: Sequence[ScoringInput]) -> list[Waiting]:
+    def _waiting(self, sequences: Sequence[ScoringInput], prices: Sequence[Price]) -> list[Waiting]:
         """The sequences with what each adds to a batch, and to the queue: there, too, a prompt counts once a call."""
         loop = asyncio.get_running_loop()
         now = time.perf_counter()
         bill = Bill(self._engine.facts.pair_cost)
-        prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
-        waiting = []
-        for sequence in sequences:
-            item = price(sequence, prompts)
-            waiting.append(Waiting(sequence, item, bill.add(item).tokens, loop.create_future(), now))
-        return waiting
+        return [
+            Waiting(sequence, item, bill.add(item).tokens, loop.create_future(), now)
+            for sequence, item in zip(sequences, prices, strict=True)
+        ]
 
     async def close(self) -> None:
         """Finish what waits, then stop."""
@@ -155,6 +160,12 @@ class Batcher:
             fill=bill.work / self._max_batch_tokens,
             seconds=seconds,
         )
+
+
+def _priced(sequences: Sequence[ScoringInput]) -> list[Price]:
+    """What each adds to a batch; a prompt that several begin with is kept once."""
+    prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
+    return [price(sequence, prompts) for sequence in sequences]
 
 
 class _Speed:

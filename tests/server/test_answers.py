@@ -77,7 +77,7 @@ def test_models_tells_what_is_served_and_how_it_reads_text(server: Server) -> No
     response = server.get("/v1/models")
     ModelList.model_validate_json(response.content)
     answer = response.json()
-    assert answer.keys() == {"object", "data"}
+    assert answer.keys() == {"object", "data", "ensembles"}
     assert answer["object"] == "list"
     [card] = answer["data"]
     fingerprints = {name: card.pop(name) for name in ("tokenizer_fingerprint", "template_fingerprint")}
@@ -108,7 +108,7 @@ def test_models_tells_what_is_served_and_how_it_reads_text(server: Server) -> No
 
 def test_health_and_ready_say_so(server: Server) -> None:
     assert server.get("/health").json() == {"status": "alive"}
-    assert server.get("/ready").json() == {"status": "ready", "model": "tiny"}
+    assert server.get("/ready").json() == {"status": "ready", "model": "tiny", "models": ["tiny"]}
 
 
 def test_metrics_count_requests_samples_and_tokens(api: Api, server: Server) -> None:

@@ -38,8 +38,10 @@ def alone(several: Api, sample: Json, **request: Any) -> list[Json]:
 
 
 def test_every_model_is_listed_and_answers_by_its_name_the_first_by_default(several: Api) -> None:
-    cards = several.http.get("/v1/models").json()["data"]
-    assert [card["id"] for card in cards] == NAMES
+    listed = several.http.get("/v1/models").json()
+    cards = listed["data"]
+    assert [card["id"] for card in cards] == several.http.get("/ready").json()["models"] == NAMES
+    assert listed["ensembles"] == [{"id": "safe", "object": "ensemble", "models": ["two", "one"], "how": "min"}]
     assert cards[0]["tokenizer_fingerprint"] != cards[1]["tokenizer_fingerprint"]
     first, second = alone(several, TEXT)
     assert first["reward"] != pytest.approx(second["reward"], abs=1e-3)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request, Response
 
 from densereward.methods import METHODS
 from densereward.methods.describe import describe
 from densereward.service import Service
-from densereward_client.wire import ErrorBody, MethodList, ModelList
+from densereward_client.wire import EnsembleCard, ErrorBody, MethodList, ModelList
 
 __all__ = ["router"]
 
@@ -18,7 +20,9 @@ router = APIRouter(tags=["operations"])
 async def models(request: Request) -> ModelList:
     """The models served, how each reads text, and which methods it can serve."""
     service: Service = request.app.state.service
-    return ModelList(data=service.cards)
+    named = service.settings.ensembles.items()
+    ensembles = [EnsembleCard(id=name, models=models, how=how) for name, (models, how) in named]
+    return ModelList(data=service.cards, ensembles=ensembles)
 
 
 @router.get("/v1/methods")
@@ -34,10 +38,11 @@ async def health() -> dict[str, str]:
 
 
 @router.get("/ready", responses={503: {"model": ErrorBody}})
-async def ready(request: Request) -> dict[str, str]:
-    """The model is loaded and passed its self-check, and requests are taken."""
+async def ready(request: Request) -> dict[str, Any]:
+    """The models are loaded and passed their self-checks, and requests are taken; `model` answers by default."""
     service: Service = request.app.state.service
-    return {"status": "ready", "model": service.pipeline.name}
+    names = [pipeline.name for pipeline in service.pipelines]
+    return {"status": "ready", "model": names[0], "models": names}
 
 
 @router.get("/metrics", response_class=Response)
