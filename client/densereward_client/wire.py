@@ -360,6 +360,7 @@ class ModelCard(_Answer):
     step_separator: str | None = Field(
         None, description="What is written after each step of a response, where the model judges steps."
     )
+    notice: str | None = Field(None, description="What must be known of the scores, where they are no plain rewards.")
     prefix_modes: list[str]
     tokenizer_fingerprint: str
     template_fingerprint: str | None

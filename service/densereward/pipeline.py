@@ -290,6 +290,7 @@ class Pipeline:
             closing_token_ids=aligner.closing_ids,
             adds_bos=aligner.adds_bos,
             step_separator=facts.separator,
+            notice=facts.notice,
             prefix_modes=[mode for mode in PREFIX_MODES if PrefixScores(mode) in self._engine.provides],
             tokenizer_fingerprint=aligner.vocabulary.fingerprint,
             template_fingerprint=None if aligner.template is None else aligner.template.fingerprint,

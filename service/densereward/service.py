@@ -176,6 +176,8 @@ class Service:
             facts = engine.facts
             where = f"{facts.family}, {facts.dtype} on {facts.device}"
             logger.info("ready: %s (%s; %d tokens a pass)", name, where, budget)
+            if facts.notice is not None:
+                logger.warning("%s: %s", name, facts.notice)
         return Pipeline(name, engine, aligner, batcher, self.metrics)
 
     def _budget(self, engine: Engine) -> int:

@@ -26,10 +26,17 @@ def test_it_is_loaded_without_its_code_and_steps_are_written_as_the_family_does(
     assert (facts.cut, facts.separator) == ("\n\n", "<extra_0>")
 
 
-@pytest.mark.parametrize("name", ["score.0.weight", "score.2.bias", "model.layers.1.mlp.up_proj.weight"])
-def test_a_missing_weight_is_not_made_up(folder: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("score.0.weight", r"score has weights for layers \[2\], not \[0, 2\]"),
+        ("score.2.bias", "score: a bias is missing in layer 2"),
+        ("model.layers.1.mlp.up_proj.weight", "1 missing keys while loading"),
+    ],
+)
+def test_a_missing_weight_is_not_made_up(folder: Path, name: str, message: str) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights[name]
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(ModelError, match="1 missing keys while loading"):
+    with pytest.raises(ModelError, match=message):
         TorchEngine.load(str(folder), device="cpu")

@@ -14,7 +14,6 @@ import tiny
 from densereward.capture import ScoringInput, StepScores
 from densereward.engines.torch.engine import TorchEngine
 from densereward.errors import ModelError
-from densereward.heads import head_for
 from densereward.heads.base import good_label
 from densereward.selfcheck import self_check
 
@@ -57,17 +56,6 @@ def test_without_steps_the_reward_is_the_mean_over_the_tokens(folder: Path) -> N
     each = sequence(0, range(20, 90))
     [captured] = engine.forward([each])
     assert captured.reward == pytest.approx(float(own_scores(folder, each).mean()), abs=1e-5)
-
-
-def test_an_architecture_has_the_first_head_that_fits() -> None:
-    names = {
-        "Qwen2ForProcessRewardModel": "process",
-        "LlamaForTokenClassification": "token_classifier",
-        "LlamaForSequenceClassification": "bradley_terry",
-        "LlamaForCausalLM": "bradley_terry",
-        "": "bradley_terry",
-    }
-    assert {architecture: head_for(architecture).name for architecture in names} == names
 
 
 @pytest.mark.parametrize(

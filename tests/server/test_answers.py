@@ -101,6 +101,7 @@ def test_models_tells_what_is_served_and_how_it_reads_text(server: Server) -> No
         "closing_token_ids": [2, 201],
         "adds_bos": False,
         "step_separator": None,
+        "notice": None,
         "prefix_modes": ["open", "closed"],
         "methods": {name: {"available": True, "passes": passes[name], "reason": None} for name in served},
     }

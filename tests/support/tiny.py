@@ -17,6 +17,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -83,11 +84,15 @@ def make_config(architecture: str, **changes: Any) -> Any:
     common = {"vocab_size": 320, "num_labels": 1, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
     if architecture == "gpt2":
         return GPT2Config(n_embd=64, n_layer=3, n_head=4, n_positions=2048, **common | changes)
+    if architecture == "gpt_neox":
+        sizes = {name: value for name, value in _SIZE.items() if name != "num_key_value_heads"}
+        return GPTNeoXConfig(**sizes | common | changes)
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
         "cohere": (CohereConfig, {"logit_scale": 0.25}),
         "granite": (GraniteConfig, {"logits_scaling": 3.0}),
         "phi": (PhiConfig, {}),
         "llama": (LlamaConfig, {}),
+        "qwen2": (Qwen2Config, {}),
         "qwen3": (Qwen3Config, {"head_dim": 32}),
         "mistral": (MistralConfig, {"sliding_window": 9}),
         "gemma2": (

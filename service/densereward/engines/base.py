@@ -34,6 +34,7 @@ class EngineFacts:
         unit: what the head scores: a sequence (and likewise any prefix of it), a token, or a step.
         cut, separator: what stands between steps in a response, and what is written after each for the model to judge
             it; None where the unit is no step.
+        notice: what an operator must know of the scores; None where they are rewards as they stand.
         needs_prompt: whether nothing can be said of a response to an empty prompt.
     """
 
@@ -51,6 +52,7 @@ class EngineFacts:
     unit: Literal["sequence", "token", "step"] = "sequence"
     cut: str | None = None
     separator: str | None = None
+    notice: str | None = None
     needs_prompt: bool = False
 
 

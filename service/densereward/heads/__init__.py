@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import Any
 
+from densereward.errors import ModelError
 from densereward.registry import Table
 
-__all__ = ["ARCHITECTURES", "HEADS", "head_for"]
+__all__ = ["HEADS", "head_for"]
 
 HEADS = Table(
     "head",
     {
-        "bradley_terry": "densereward.heads.bradley_terry:BradleyTerryHead",
-        "token_classifier": "densereward.heads.token_classifier:TokenClassifierHead",
         "process": "densereward.heads.process:ProcessHead",
-        "language_model": "densereward.heads.language_model:LanguageModelHead",
+        "token_classifier": "densereward.heads.token_classifier:TokenClassifierHead",
+        "openrlhf": "densereward.heads.openrlhf:OpenRlhfHead",
+        "beaver": "densereward.heads.beaver:BeaverHead",
+        "regression": "densereward.heads.regression:RegressionHead",
+        "pythia": "densereward.heads.pythia:PythiaHead",
+        "value_head": "densereward.heads.value_head:ValueHead",
+        "v_head": "densereward.heads.v_head:VHead",
+        "mlp": "densereward.heads.mlp:MlpHead",
+        "bradley_terry": "densereward.heads.bradley_terry:BradleyTerryHead",
     },
 )
-
-ARCHITECTURES = {
-    "*ForProcessRewardModel": "process",
-    "*ForTokenClassification": "token_classifier",
-    "*ForSequenceClassification": "bradley_terry",
-}
-"""The head that a reward model's architecture has, as its config names it; the first that fits."""
+"""Of reward models, in the order in which they are asked whether they fit: what marks a family most comes first."""
 
 
-def head_for(architecture: str) -> Any:
-    """The head's class; that of sequence classifiers, which refuses what it cannot read, where nothing fits."""
-    fitting = (name for pattern, name in ARCHITECTURES.items() if fnmatchcase(architecture, pattern))
-    return HEADS[next(fitting, "bradley_terry")]
+def head_for(checkpoint: Any) -> Any:
+    """The class of the first head that fits a checkpoint (`heads.base.Checkpoint`).
+
+    Raises:
+        ModelError: none does.
+    """
+    for name in HEADS:
+        if HEADS[name].fits(checkpoint):
+            return HEADS[name]
+    if checkpoint.architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ModelError(
+            f"{checkpoint.architecture} is a language model without a score head; two of them are a reward model as "
+            "--pair policy=SOURCE,reference=SOURCE (one that writes its judgement as text cannot be served)"
+        )
+    raise ModelError(
+        f"{checkpoint.architecture or 'a config without architectures'} is of no family that is known here"
+    )

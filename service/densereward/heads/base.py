@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import MODEL_MAPPING, PreTrainedModel
 
 from densereward.errors import ModelError
 
-__all__ = ["Head", "ScoreHead", "Steps", "good_label", "in_float32"]
+__all__ = ["Checkpoint", "Head", "LayersHead", "ScoreHead", "Steps", "decoder_with", "good_label", "in_float32"]
 
 Unit = Literal["sequence", "token", "step"]
 
 _GOOD = {"good", "correct", "true", "yes", "positive", "pos", "+", "1", "label_1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What is known of a model before it is loaded.
+
+    Attributes:
+        config: its config.
+        shapes: of its weights, by their names; empty where they could not be read beforehand.
+    """
+
+    config: Any
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> str:
+        """The class that the config names."""
+        return next(iter(self.config.architectures or []), "")
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a weight of this name, under whatever prefix."""
+        return any(each == name or each.endswith("." + name) for each in self.shapes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +80,31 @@ class ScoreHead(Head):
     """Reads a score, which is about the text so far.
 
     Attributes:
+        families: the models that have it, for the table of families.
         unit: what a score is of: the sequence (and likewise of any prefix), a token, or a step.
         steps: how steps are written, where that comes with the family.
+        renamed: patterns of weights' names in its checkpoints, and what they are called here.
+        notice: what an operator must know of its scores; None where they are rewards as they stand.
     """
 
+    families: ClassVar[str]
     unit: ClassVar[Unit] = "sequence"
     steps: ClassVar[Steps | None] = None
+    renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
+    notice: str | None = None
 
     @classmethod
     @abstractmethod
-    def model_class(cls, config: PretrainedConfig) -> Any:
+    def fits(cls, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is one of the head's families."""
+
+    @classmethod
+    @abstractmethod
+    def model_class(cls, checkpoint: Checkpoint) -> Any:
         """What loads the family's models by `from_pretrained`.
 
         Raises:
-            ModelError: the config is that of a model which this head cannot read.
+            ModelError: the checkpoint is that of a model which this head cannot read.
         """
 
     @abstractmethod
@@ -79,6 +114,119 @@ class ScoreHead(Head):
     def read(self, hidden: Float[Tensor, "M E"], following: Int64[Tensor, " _"]) -> Float32[Tensor, " M"]:  # noqa: ARG002
         """The scores, whatever follows."""
         return self.scores(hidden)
+
+
+class LayersHead(ScoreHead):
+    """A linear layer, or several with ReLU between them, on a decoder of transformers' own.
+
+    Attributes:
+        layer: where the layers are in the checkpoint: one module, or a sequence of them.
+        outputs: of the last one.
+        places: of the layers in the sequence, where the family has no choice.
+        bias: whether layers have one, where the family has no choice.
+
+    Raises:
+        ModelError: the layers have another form.
+    """
+
+    layer: ClassVar[str]
+    outputs: ClassVar[int] = 1
+    places: ClassVar[tuple[int, ...] | None] = None
+    bias: ClassVar[bool | None] = None
+
+    @classmethod
+    def fits(cls, checkpoint: Checkpoint) -> bool:
+        """The layers are there."""
+        return bool(_linear_layers(checkpoint, cls.layer))
+
+    @classmethod
+    def model_class(cls, checkpoint: Checkpoint) -> Any:
+        """The decoder with the layers on it, as they are in the checkpoint."""
+        found = _linear_layers(checkpoint, cls.layer)
+        if cls.places is not None and tuple(sorted(found, key=str)) != cls.places:
+            raise ModelError(f"{cls.layer} has weights for layers {sorted(found, key=str)}, not {list(cls.places)}")
+        if wrong := [place for place, (*_, bias) in found.items() if cls.bias is not None and bias != cls.bias]:
+            what = "a bias is missing" if cls.bias else "there is a bias that the family does not have"
+            raise ModelError(f"{cls.layer}: {what} in layer {wrong[0]}")
+        return decoder_with(checkpoint, cls.layer)
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._take(model, self.layer)
+
+    def _take(self, model: PreTrainedModel, layer: str) -> None:
+        self._layers = [each for each in model.get_submodule(layer).modules() if isinstance(each, nn.Linear)]
+        if not self._layers or self._layers[-1].out_features != self.outputs:
+            found = self._layers[-1].out_features if self._layers else 0
+            raise ModelError(
+                f"{type(model).__name__} has {found} outputs in {layer}, where there must be {self.outputs}"
+            )
+
+    def logits(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, "M L"]:
+        """What the last layer gives."""
+        *inner, last = self._layers
+        for each in inner:
+            hidden = in_float32(each, hidden).relu()
+        return in_float32(last, hidden)
+
+    def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
+        """The one output."""
+        return self.logits(hidden)[:, 0]
+
+
+def decoder_with(checkpoint: Checkpoint, layer: str) -> Any:
+    """A model class: the decoder of the config's family, and linear layers under the name that a checkpoint gives them.
+
+    Raises:
+        ModelError: the checkpoint has no such layers, or transformers has no such decoder.
+    """
+    found = _linear_layers(checkpoint, layer)
+    if not found:
+        raise ModelError(f"the checkpoint has no weights called {layer}")
+    if type(checkpoint.config) not in MODEL_MAPPING:
+        raise ModelError(f"transformers has no decoder for {checkpoint.config.model_type}")
+    decoder: Any = MODEL_MAPPING[type(checkpoint.config)]
+    family: Any = decoder.__bases__[0]
+
+    class DecoderWithHead(family):  # type: ignore[misc]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            setattr(self, self.base_model_prefix, decoder(config))
+            *parents, name = layer.split(".")
+            holder: nn.Module = self
+            for parent in parents:
+                setattr(holder, parent, nn.Module())
+                holder = getattr(holder, parent)
+            setattr(holder, name, _layers_like(found))
+            self.post_init()
+
+    DecoderWithHead.__name__ = checkpoint.architecture or decoder.__name__ + "WithHead"
+    return DecoderWithHead
+
+
+def _linear_layers(checkpoint: Checkpoint, layer: str) -> dict[int | None, tuple[int, int, bool]]:
+    """By their places in a sequence, or under None where there is one: outputs, inputs, and whether there is a bias."""
+    found: dict[int | None, tuple[int, int, bool]] = {}
+    for name, shape in checkpoint.shapes.items():
+        match = re.fullmatch(rf"(?:.*\.)?{re.escape(layer)}(?:\.(\d+))?\.weight", name)
+        if match and len(shape) == 2:
+            place = None if match[1] is None else int(match[1])
+            found[place] = (*shape, name.removesuffix("weight") + "bias" in checkpoint.shapes)
+    return found
+
+
+def _layers_like(found: Mapping[int | None, tuple[int, int, bool]]) -> nn.Module:
+    """The layers, with ReLU in the places that have no weights."""
+    if None in found:
+        outputs, inputs, bias = found[None]
+        return nn.Linear(inputs, outputs, bias=bias)
+    modules: list[nn.Module] = []
+    for place in range(max(each for each in found if each is not None) + 1):
+        if place in found:
+            outputs, inputs, bias = found[place]
+            modules.append(nn.Linear(inputs, outputs, bias=bias))
+        else:
+            modules.append(nn.ReLU())
+    return nn.Sequential(*modules)
 
 
 def in_float32(layer: nn.Linear, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, "M L"]:

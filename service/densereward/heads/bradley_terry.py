@@ -10,10 +10,10 @@ from typing import Any
 
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import ScoreHead, in_float32
+from densereward.heads.base import Checkpoint, ScoreHead, in_float32
 
 __all__ = ["BradleyTerryHead"]
 
@@ -26,12 +26,19 @@ class BradleyTerryHead(ScoreHead):
     """
 
     name = "bradley_terry"
+    families = "Sequence classifiers with one label: Skywork-Reward (V2), FsfairX, TRL's `RewardTrainer`"
 
     @classmethod
-    def model_class(cls, config: PretrainedConfig) -> Any:
+    def fits(cls, checkpoint: Checkpoint) -> bool:
+        """The architecture says so."""
+        return checkpoint.architecture.endswith("ForSequenceClassification")
+
+    @classmethod
+    def model_class(cls, checkpoint: Checkpoint) -> Any:
         """Transformers' own."""
-        if config.num_labels != 1:
-            raise ModelError(f"num_labels = {config.num_labels}; a reward model that scores sequences has 1")
+        labels = checkpoint.config.num_labels
+        if labels != 1:
+            raise ModelError(f"num_labels = {labels}; a reward model that scores sequences has 1")
         return AutoModelForSequenceClassification
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
-from transformers import AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import ScoreHead, good_label, in_float32
+from densereward.heads.base import Checkpoint, ScoreHead, good_label, in_float32
 
 __all__ = ["TokenClassifierHead"]
 
@@ -27,13 +27,20 @@ class TokenClassifierHead(ScoreHead):
     """
 
     name = "token_classifier"
+    families = "Token classifiers with one or two labels: TRL's `PRMTrainer` (with `--step-separator`), TLCR"
     unit = "token"
 
     @classmethod
-    def model_class(cls, config: PretrainedConfig) -> Any:
+    def fits(cls, checkpoint: Checkpoint) -> bool:
+        """The architecture says so."""
+        return checkpoint.architecture.endswith("ForTokenClassification")
+
+    @classmethod
+    def model_class(cls, checkpoint: Checkpoint) -> Any:
         """Transformers' own."""
-        if config.num_labels not in (1, 2):
-            raise ModelError(f"num_labels = {config.num_labels}; a reward model that scores tokens has 1 or 2")
+        labels = checkpoint.config.num_labels
+        if labels not in (1, 2):
+            raise ModelError(f"num_labels = {labels}; a reward model that scores tokens has 1 or 2")
         return AutoModelForTokenClassification
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -34,8 +34,8 @@ from densereward.engines.torch.packing import counted_from_0
 from densereward.engines.torch.passes import Passes, Result
 from densereward.engines.torch.pieces import write_out
 from densereward.errors import EngineFailure
-from densereward.heads import head_for
 from densereward.heads.base import ScoreHead, Steps
+from densereward.heads.bradley_terry import BradleyTerryHead
 
 __all__ = ["TorchEngine"]
 
@@ -51,6 +51,7 @@ class TorchEngine:
         batch_tokens: tokens in one pass, beyond which a sequence runs in pieces; by default what suits the device.
         prompt_cache: bytes for the keys of prompts that come again; 0 runs every prompt anew.
         separator: what ends each step, if the model is a token classifier that was trained on steps.
+        head: that of its family; by default a sequence classifier's.
 
     Raises:
         ModelError: the model cannot be read as a reward model.
@@ -63,10 +64,11 @@ class TorchEngine:
         batch_tokens: int | None = None,
         prompt_cache: int = 0,
         separator: str | None = None,
+        head: ScoreHead | None = None,
     ) -> None:
         self._model: Any = model
         prepare(model)
-        self._head: ScoreHead = head_for(type(model).__name__)(model)
+        self._head: ScoreHead = head or BradleyTerryHead(model)
         steps = self._head.steps
         if steps is None and separator is not None and self._head.unit == "token":
             steps = Steps(cut=separator, separator=separator)
@@ -75,6 +77,7 @@ class TorchEngine:
             unit=self._head.unit if steps is None else "step",
             cut=None if steps is None else steps.cut,
             separator=None if steps is None else steps.separator,
+            notice=self._head.notice,
         )
         self._passes = Passes(model, self._head, self.facts.layers, self.facts.batch_tokens, prompt_cache)
         if self.facts.unit != "sequence":
@@ -113,8 +116,8 @@ class TorchEngine:
             ModelError: the model cannot be loaded or read as a reward model.
         """
         chosen = choose_device(device)
-        model = load_scorer(source, revision, chosen, choose_dtype(dtype, chosen))
-        return cls(model, longest, batch_tokens, prompt_cache, separator)
+        model, head = load_scorer(source, revision, chosen, choose_dtype(dtype, chosen))
+        return cls(model, longest, batch_tokens, prompt_cache, separator, head)
 
     @property
     def provides(self) -> frozenset[Need]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -14,8 +16,10 @@ from transformers import (
 )
 
 from densereward.engines.torch import attention
+from densereward.engines.torch.weights import weight_shapes
 from densereward.errors import ModelError
 from densereward.heads import head_for
+from densereward.heads.base import Checkpoint, ScoreHead
 
 __all__ = [
     "Dtype",
@@ -28,6 +32,12 @@ __all__ = [
 ]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# Weights that published checkpoints carry and no reward needs: the language model's head, buffers of older versions.
+_UNREAD = re.compile(r"(^|\.)(lm_head|embed_out)\.|\.rotary_emb\.|\.masked_bias$|\.attn\.bias$|\.attention\.bias$")
+
+# Types of config that say no more than transformers' own of another name.
+_SAME_CONFIG = {"gpt_neox_reward_model": "gpt_neox"}
 
 # Their rotary factors change with the longest sequence in the batch, so only the range before that is served.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -47,19 +57,26 @@ def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def load_scorer(source: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A reward model from a folder or a hub id, ready for packed batches; its architecture says what is loaded.
+def load_scorer(
+    source: str, revision: str | None, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, ScoreHead]:
+    """A reward model from a folder or a hub id, ready for packed batches, and the head of its family.
 
     Raises:
-        ModelError: no such model, another kind of model, or weights that its files do not hold.
+        ModelError: no such model, one of no known family, or weights that its files do not hold.
     """
     config = _config(source, revision)
-    architecture = next(iter(config.architectures or []), "")
+    checkpoint = Checkpoint(config, weight_shapes(source, revision))
     try:
-        kind = head_for(architecture).model_class(config)
+        kind = head_for(checkpoint)
+        loaded = kind.model_class(checkpoint)
     except ModelError as error:
         raise ModelError(f"{source}: {error.message}") from error
-    return _load(kind, source, revision, config, device, dtype)
+    model = _load(loaded, source, revision, config, device, dtype, dict(kind.renamed))
+    try:
+        return model, kind(model)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error.message}") from error
 
 
 def load_language_model(source: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -72,15 +89,26 @@ def load_language_model(source: str, revision: str | None, device: torch.device,
 
 
 def _config(source: str, revision: str | None) -> PretrainedConfig:
+    """The config; code that comes with a model is never run."""
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
+        written, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+        if (kind := _SAME_CONFIG.get(written.get("model_type", ""))) is not None:
+            written["model_type"] = kind
+            return AutoConfig.for_model(**written)
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # a model's files can break the loader in any way; the operator needs one message
         raise ModelError(f"cannot load {source}: {error}") from error
     return config
 
 
 def _load(
-    kind: Any, source: str, revision: str | None, config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+    kind: Any,
+    source: str,
+    revision: str | None,
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    renamed: dict[str, str] | None = None,
 ) -> PreTrainedModel:
     attention.register()
     try:
@@ -90,6 +118,8 @@ def _load(
             config=config,
             dtype=dtype,
             attn_implementation=attention.IMPLEMENTATION,
+            key_mapping=renamed or None,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except Exception as error:  # as above
@@ -101,13 +131,16 @@ def _load(
 
 def _refuse_incomplete(source: str, report: dict[str, Any]) -> None:
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if found := sorted(str(each) for each in report.get(problem) or ()):
-            shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
-            raise ModelError(
-                f"{source}: {len(found)} {problem.replace('_', ' ')} while loading ({shown}); such weights would be "
-                "random and so would the rewards",
-                keys=found,
-            )
+        _refuse(source, problem, report.get(problem), "such weights would be random and so would the rewards")
+    strangers = [name for name in report.get("unexpected_keys") or () if not _UNREAD.search(name)]
+    _refuse(source, "unexpected_keys", strangers, "the config is not that of these weights, or the family is another")
+
+
+def _refuse(source: str, problem: str, names: Iterable[object] | None, why: str) -> None:
+    if found := sorted(map(str, names or ())):
+        shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+        what = f"{len(found)} {problem.replace('_', ' ')} while loading ({shown})"
+        raise ModelError(f"{source}: {what}; {why}", keys=found)
 
 
 def max_length(config: PretrainedConfig, asked: int | None = None) -> int:

@@ -1,0 +1,53 @@
+"""What a checkpoint holds, read from the heads of its files and nothing more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers.utils.hub import cached_file
+
+from densereward.errors import ModelError
+
+__all__ = ["weight_shapes"]
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def weight_shapes(source: str, revision: str | None = None) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights in a folder or a hub repository, by name; empty where there are no safetensors.
+
+    Raises:
+        ModelError: a file is damaged, or one of several is missing.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in _files(source, revision):
+        path = _find(source, revision, name)
+        if path is None:
+            raise ModelError(f"{source}: the index names {name}, which is not there")
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except Exception as error:  # a damaged file can break the reader in any way
+            raise ModelError(f"cannot read {path}: {error}") from error
+    return shapes
+
+
+def _files(source: str, revision: str | None) -> list[str]:
+    index = _find(source, revision, _INDEX)
+    if index is None:
+        return [_SINGLE] if _find(source, revision, _SINGLE) else []
+    return sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def _find(source: str, revision: str | None, name: str) -> str | None:
+    path: str | None = cached_file(
+        source,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return path

@@ -1,0 +1,54 @@
+"""OpenRLHF's reward models: one linear layer without a bias, whose scores may be normalised.
+
+The layer is called what `value_head_prefix` in the config says, by default `score`. With `normalize_reward` in the
+config, a score is (r - mean) / std, both from the config.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float, Float32
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from densereward.errors import ModelError
+from densereward.heads.base import Checkpoint, LayersHead, decoder_with
+
+__all__ = ["OpenRlhfHead"]
+
+
+def _layer(config: Any) -> str:
+    return str(getattr(config, "value_head_prefix", None) or "score")
+
+
+class OpenRlhfHead(LayersHead):
+    """The layer, and the normaliser where the config asks for it."""
+
+    name = "openrlhf"
+    families = "OpenRLHF's reward models, with their normaliser"
+
+    @classmethod
+    def fits(cls, checkpoint: Checkpoint) -> bool:
+        """The config holds what OpenRLHF writes into it."""
+        written = any(hasattr(checkpoint.config, name) for name in ("value_head_prefix", "normalize_reward"))
+        return written and checkpoint.holds(f"{_layer(checkpoint.config)}.weight")
+
+    @classmethod
+    def model_class(cls, checkpoint: Checkpoint) -> Any:
+        """The decoder with the layer on it."""
+        return decoder_with(checkpoint, _layer(checkpoint.config))
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config: Any = model.config
+        self._take(model, _layer(config))
+        self._mean, self._deviation = 0.0, 1.0
+        if getattr(config, "normalize_reward", False):
+            mean, deviation = getattr(config, "mean", None), getattr(config, "std", None)
+            if mean is None or not deviation:
+                raise ModelError("normalize_reward is set, and the config has no `mean` and `std` to normalise by")
+            self._mean, self._deviation = float(mean), float(deviation)
+
+    def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
+        """Normalised where the config says so."""
+        return (self.logits(hidden)[:, 0] - self._mean) / self._deviation
