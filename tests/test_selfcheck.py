@@ -64,7 +64,7 @@ def test_a_model_shorter_than_the_probes_is_checked_with_those_that_fit() -> Non
     engine = FakeEngine()
     engine.facts = replace(FACTS, max_length=12)
     self_check(engine)
-    assert max(len(ids) for batch in engine.batches for ids in batch) == 9
+    assert max(len(ids) for batch in engine.batches for ids in batch) == 12
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,15 @@ def test_a_weight_that_is_not_a_number_is_found() -> None:
 def test_a_model_whose_attention_cannot_be_packed_is_found(tmp_path: Path) -> None:
     model: Any = tiny.make_model("llama")
     model.set_attn_implementation("sdpa")
-    engine = TorchEngine(model)
-    with pytest.raises(ModelError, match="self-check"):
-        self_check(engine)
+    with pytest.raises(ModelError, match=r"cannot be packed: .* did not run its attention in all the layers"):
+        TorchEngine(model)
+
+
+def test_a_model_that_mixes_sequences_is_found() -> None:
+    class Leaking(FakeEngine):
+        def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+            total = sum(sum(each.token_ids) for each in batch) if len(batch) == 2 else 0
+            return [replace(each, reward=each.reward + 0.01 * total) for each in super().forward(batch)]
+
+    with pytest.raises(ModelError, match="something in this model mixes sequences"):
+        self_check(Leaking())

@@ -191,7 +191,10 @@ class TokenRewardsRequest(RewardsRequest):
     """Body of POST /token_rewards."""
 
     methods: list[str | MethodRequest] | None = Field(
-        None, min_length=1, max_length=64, description='Default ["red"] where the model can serve it, else ["abc"].'
+        None,
+        min_length=1,
+        max_length=64,
+        description='Default: the first of "red", "steps", "sparse" that the model can serve.',
     )
     include: list[Include] = Field(default_factory=list)
     encoding_format: Literal["float", "base64"] = "float"
@@ -269,7 +272,9 @@ class SampleTokenRewards(SampleReward):
     mask: dict[str, list[int]] | None = Field(
         None, description="Per method whose segments say what to keep: 1 for the tokens to learn from."
     )
-    tokens: list[str] | None = Field(None, description="The reward model's tokens of the response.")
+    tokens: list[str] | None = Field(
+        None, description="The reward model's tokens of the response, separators of steps among them."
+    )
     spans: list[tuple[int, int]] | None = Field(None, description="Their [start, end) in UTF-8 bytes of the response.")
     prefix_scores: FloatArray | None = Field(None, description="s_1..s_T: the score read after each response token.")
     prompt_score: FiniteFloat | None = Field(None, description="s_0: the score read before the response.")
@@ -357,6 +362,7 @@ class ModelCard(_Answer):
     max_length: int
     closing_token_ids: list[int]
     adds_bos: bool
+    step_cut: str | None = Field(None, description="What ends a step in a response, where the model judges steps.")
     step_separator: str | None = Field(
         None, description="What is written after each step of a response, where the model judges steps."
     )

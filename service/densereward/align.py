@@ -18,7 +18,7 @@ from densereward.cuts import Cuts
 from densereward.errors import InvalidRequest, ModelError, TooLong
 from densereward.methods.base import Response
 from densereward.slots import Slots
-from densereward.steps import in_steps
+from densereward.steps import StepWriter
 from densereward.tokens import Vocabulary
 from densereward_client.wire import Sample
 
@@ -89,8 +89,6 @@ class Aligner:
         self._vocabulary_size = vocabulary_size
         self._needs_prompt = needs_prompt
         self._unit = unit
-        self._cut = cut
-        self._separator = separator
         if self.template is None:
             self.closing_ids = self.vocabulary.suffix_ids
         else:
@@ -102,17 +100,23 @@ class Aligner:
                 f"the tokenizer closes a response with {outside}, and the model has {vocabulary_size} tokens; it is "
                 "another model's tokenizer"
             )
-        self._written_after = self.closing_ids
+        self._steps = None
+        if cut is not None and separator is not None:
+            self._steps = StepWriter(self.vocabulary, cut, separator, self.closing_ids, vocabulary_size)
+        # TRL's PRMTrainer, whose separator is what it cuts at, writes a BOS wherever there is one.
+        self._always_bos = separator is not None and separator == cut and self.vocabulary.bos_id is not None
         if unit != "sequence":
             self.closing_ids = []  # nothing is read behind the last token or step
-        self._separator_ids = [] if separator is None else self.vocabulary.encode(separator).ids
-        if separator is not None and not self._separator_ids:
-            raise ModelError(f"the tokenizer writes no token for the separator {separator!r} of steps")
 
     @property
     def adds_bos(self) -> bool:
         """Whether prompts given as text get a BOS they do not begin with."""
-        return bool(self.vocabulary.prefix_ids)
+        return bool(self._prefix_ids)
+
+    @property
+    def _prefix_ids(self) -> list[int]:
+        bos = self.vocabulary.bos_id
+        return [bos] if self._always_bos and bos is not None else self.vocabulary.prefix_ids
 
     def align(self, sample: Sample, needs: frozenset[Need] = frozenset()) -> Aligned:
         """Read one sample, for an engine that must keep `needs` of it.
@@ -121,8 +125,9 @@ class Aligner:
             InvalidRequest: a field, a length or an id that cannot be served.
             TooLong: more tokens than the model reads.
         """
-        if self._separator_ids:
-            sample = self._as_text(sample)
+        if self._steps is not None:
+            self._check_vocabulary(sample.response_token_ids or [])
+            sample = self._steps.as_text(sample)
         text = self._tokenize(sample)
         closing = missing_closing(text.response_ids, self.closing_ids) if sample.finished else []
         token_ids = [*text.prompt_ids, *text.response_ids, *closing]
@@ -152,7 +157,7 @@ class Aligner:
         Raises:
             InvalidRequest: there is no telling where in the prompt the instruction would go.
         """
-        if sample.messages is not None:
+        if sample.messages:
             first = sample.messages[0]
             told = first.model_copy(update={"content": f"{instruction}\n\n{first.content}"})
             sample = sample.model_copy(update={"messages": [told, *sample.messages[1:]]})
@@ -163,7 +168,9 @@ class Aligner:
                 "an instruction goes before the first message, and a prompt that is rendered already does not show "
                 "where that is; give `messages`",
                 code="needs_messages",
-                field="prompt" if sample.prompt is not None else "prompt_token_ids",
+                field=next(
+                    name for name in ("prompt", "messages", "prompt_token_ids") if getattr(sample, name) is not None
+                ),
             )
         text = self._prompt_text(sample)
         return sequence.with_prompt(self._with_bos(sample, self.vocabulary.prompt_ids(text)))
@@ -198,8 +205,8 @@ class Aligner:
         if sample.response_token_ids is not None:
             response_ids = list(sample.response_token_ids)
             text = _Text(prompt_ids, response_ids, self.vocabulary.spans_of_ids(response_ids))
-        elif self._cut is not None:
-            written = in_steps(sample.response or "", self._cut, self._separator_ids, self.vocabulary)
+        elif self._steps is not None:
+            written = self._steps.write(sample.response or "")
             text = _Text(prompt_ids, written.ids, written.spans, written.stops)
         elif prompt_text is None:
             text = self._apart(prompt_ids, sample.response or "")
@@ -209,37 +216,6 @@ class Aligner:
             text.steps = range(1, len(text.response_ids) + 1)
         text.warnings.extend(self._notices(sample, text))
         return text
-
-    def _as_text(self, sample: Sample) -> Sample:
-        """A sample whose response is text, for it is written anew with separators; ids become spans to reward."""
-        ids = sample.response_token_ids
-        if ids is not None:
-            self._check_vocabulary(ids)
-            ended = len(self._written_after) - len(missing_closing(ids, self._written_after))
-            body = ids[: len(ids) - ended]
-            spans = self.vocabulary.spans_of_ids(body)
-            try:
-                text = self.vocabulary.bytes_of(body).decode()
-            except UnicodeDecodeError:
-                spans = None
-            if spans is None:
-                raise InvalidRequest(
-                    "the response is written anew, step by step, and its ids are no text; give `response` as text",
-                    code="no_text",
-                    field="response_token_ids",
-                )
-            size = len(text.encode())
-            given = {"response": text, "response_token_ids": None, "response_spans": [*spans, *[(size, size)] * ended]}
-            sample = sample.model_copy(update=given)
-        if not (sample.response or "").strip():
-            raise InvalidRequest("this model judges steps, and the response holds none", code="empty_response")
-        if self._separator != self._cut and self._separator is not None and self._separator in (sample.response or ""):
-            raise InvalidRequest(
-                f"the response holds {self._separator!r}, which stands for the end of a step and is written here",
-                code="separator_in_response",
-                field="response",
-            )
-        return sample
 
     def _prompt_text(self, sample: Sample) -> str:
         if sample.messages is None:
@@ -254,8 +230,9 @@ class Aligner:
 
     def _with_bos(self, sample: Sample, ids: list[int]) -> list[int]:
         """BOS where the tokenizer adds one and the text lacks it; a template has written its own or wants none."""
-        prefix = self.vocabulary.prefix_ids
-        return ids if sample.messages is not None or ids[: len(prefix)] == prefix else [*prefix, *ids]
+        prefix = self._prefix_ids
+        templated = sample.messages is not None and not self._always_bos
+        return ids if templated or ids[: len(prefix)] == prefix else [*prefix, *ids]
 
     def _apart(self, prompt_ids: list[int], response: str) -> _Text:
         encoding = self.vocabulary.encode(response)
@@ -284,7 +261,7 @@ class Aligner:
         bos = self.vocabulary.bos_id
         if bos is not None and text.prompt_ids[:2] == [bos, bos]:
             notices.append("doubled_bos: the prompt begins with two BOS tokens; it was scored as it stands")
-        if self._cut is not None and not sample.finished:
+        if self._steps is not None and not sample.finished:
             notices.append("unfinished: the last step was cut by length, and is judged as if it had ended")
         response = sample.response
         template = None if sample.messages is None else self.template
@@ -305,8 +282,9 @@ class Aligner:
         if not sequence.token_ids:
             raise InvalidRequest("prompt and response hold no token, so there is nothing to score", code="empty_sample")
         if sequence.longest > self.max_length:
+            ones = "closing ones" if self._steps is None else "separators"
             raise TooLong(
-                f"{sequence.longest} tokens with the closing ones, and the model reads {self.max_length}; shorten the "
+                f"{sequence.longest} tokens with the {ones}, and the model reads {self.max_length}; shorten the "
                 "prompt or the response (nothing is truncated here)",
                 tokens=sequence.longest,
                 limit=self.max_length,

@@ -25,6 +25,7 @@ from jaxtyping import Float64
 from densereward.answer import encoder
 from densereward.errors import EngineFailure, InvalidRequest
 from densereward.pipeline import Pipeline, Samples, Scores, Work
+from densereward.plans import default_method
 from densereward.slots import check_sum
 from densereward.together import all_scores, merged, on_the_same_tokens
 from densereward_client.wire import Ensemble, RewardsRequest, TokenRewardsRequest
@@ -124,7 +125,8 @@ class EnsemblePipeline:
                     code="invalid_ensemble",
                     field="methods",
                 )
-        return request.model_copy(update={"encoding_format": "float"})
+        methods = request.methods or [default_method([member.card.methods for member in self._members])]
+        return request.model_copy(update={"encoding_format": "float", "methods": methods})
 
     def _item(self, parts: Sequence[dict[str, Any]], scales: _Scales, encode: Any) -> dict[str, Any]:
         """One sample's answers as one."""

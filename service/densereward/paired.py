@@ -16,6 +16,7 @@ import numpy as np
 
 from densereward.align import Aligned
 from densereward.answer import encoder, told
+from densereward.capture import LogProbabilities, Need
 from densereward.errors import DenseRewardError
 from densereward.methods.base import Credit, Params
 from densereward.pipeline import Pipeline, Samples, Scores, Work
@@ -77,7 +78,10 @@ class PairedPipeline:
             for sample in on_the_same_tokens(samples, mine.aligned, self._model, self._pair)
         ]
         plain = {"methods": lent, "include": [], "encoding_format": "float"}
-        return _Works(request, plans, mine, self._pair.prepare(request.model_copy(update=plain), shared))
+        theirs = self._pair.prepare(request.model_copy(update=plain), shared)
+        return _Works(
+            request, plans, mine, replace(theirs, aligned=[_rewardless(each) for each in theirs.aligned], counted=False)
+        )
 
     async def score(self, work: _Works) -> list[Scores]:
         """Both models' scores, at once.
@@ -94,7 +98,8 @@ class PairedPipeline:
             DenseRewardError: what could not be served, and what to do next.
         """
         answers = [self._model.answer(work.own, scores[0]), self._pair.answer(work.lent, scores[1])]
-        plans = [replace(plan, params=self._settled(plan.params)) for plan in work.plans]
+        served = any("error" not in item for item in answers[0]["data"])
+        plans = [replace(plan, params=self._settled(plan.params)) for plan in work.plans] if served else work.plans
         items = [
             self._item(work, plans, *each)
             for each in zip(work.own.aligned, *(answer["data"] for answer in answers), strict=True)
@@ -127,7 +132,10 @@ class PairedPipeline:
             if not plan.method.by_pair:
                 token_rewards[plan.key], baseline[plan.key] = own["token_rewards"][plan.key], own["baseline"][plan.key]
                 continue
-            credit = _with_reward(lent["token_rewards"][plan.key], own["reward"])
+            values = lent["token_rewards"][plan.key]
+            # Of an empty response the pair has nothing to say; what it answered is its own reward.
+            values = values if aligned.sequence.response_length else np.zeros_like(values)
+            credit = _with_reward(values, own["reward"])
             placed = place(credit, own["reward"], plan.params, aligned.slots, None)
             token_rewards[plan.key], baseline[plan.key] = encode(placed.rewards), placed.baseline
             for name, value in told(plan, credit, placed).items():
@@ -135,6 +143,14 @@ class PairedPipeline:
             if passes := lent.get("passes", {}).get(plan.key):
                 item["passes"] = item.get("passes", {}) | {plan.key: passes}
         return item | {"token_rewards": token_rewards, "baseline": baseline}
+
+
+def _rewardless(aligned: Aligned | DenseRewardError) -> Aligned | DenseRewardError:
+    """A sample of which the pair's own reward is not needed, if that leaves its reference out."""
+    if isinstance(aligned, DenseRewardError) or aligned.sequence.needs != {LogProbabilities()}:
+        return aligned
+    needs: frozenset[Need] = frozenset([LogProbabilities(alone=True)])
+    return replace(aligned, sequence=replace(aligned.sequence, needs=needs))
 
 
 def _with_reward(values: np.ndarray, reward: float) -> Credit:

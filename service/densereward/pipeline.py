@@ -83,6 +83,7 @@ class Work:
         plans: its methods; none for sequence rewards.
         aligned: its samples, ready for the engine, or the error that stands for one.
         started: when it began, by time.perf_counter.
+        counted: whether its rewards are some of those whose spread is measured.
     """
 
     request: RewardsRequest
@@ -90,6 +91,7 @@ class Work:
     plans: Sequence[Plan]
     aligned: Sequence[Aligned | DenseRewardError]
     started: float
+    counted: bool = True
 
 
 async def answer_to(scorer: Scorer, request: RewardsRequest, samples: Samples) -> dict[str, Any]:
@@ -176,7 +178,10 @@ class Pipeline:
         """
         scored = [self._checked(work, index, result) for index, result in enumerate(scores)]
         served = [each.scored for each in scored if isinstance(each, Outcome)]
-        work = replace(work, plans=self._settled(work.plans, [each.captured for each in served]))
+        captured = [each.captured for each in served]
+        if work.counted:
+            self.spread.add([each.reward for each in captured])
+        work = replace(work, plans=self._settled(work.plans, captured))
         items = [self._item(work, index, result) for index, result in enumerate(scored)]
         kind = "token_rewards" if isinstance(work.request, TokenRewardsRequest) else "rewards"
         sequences = [each.sequence for each in work.aligned if isinstance(each, Aligned)]
@@ -187,7 +192,6 @@ class Pipeline:
 
     def _settled(self, plans: Sequence[Plan], captured: Sequence[Captured]) -> list[Plan]:
         """The methods' parameters, with what only the samples and those before them tell."""
-        self.spread.add([each.reward for each in captured])
         settled = []
         for each in plans:
             params = each.method.settle(captured, each.params)
@@ -289,6 +293,7 @@ class Pipeline:
             max_length=aligner.max_length,
             closing_token_ids=aligner.closing_ids,
             adds_bos=aligner.adds_bos,
+            step_cut=facts.cut,
             step_separator=facts.separator,
             notice=facts.notice,
             prefix_modes=[mode for mode in PREFIX_MODES if PrefixScores(mode) in self._engine.provides],
@@ -300,7 +305,8 @@ class Pipeline:
     def _fingerprint(self) -> str:
         card = self.card
         model = (self._engine.facts.weights_fingerprint, card.dtype, card.engine, card.head, __version__)
-        identity = (*model, card.tokenizer_fingerprint, card.template_fingerprint, card.closing_token_ids)
+        written = (self._engine.facts.unit, self._engine.facts.cut, self._engine.facts.separator)
+        identity = (*model, *written, card.tokenizer_fingerprint, card.template_fingerprint, card.closing_token_ids)
         return f"fp-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
 
 

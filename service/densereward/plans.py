@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,12 @@ from densereward.methods.base import Method, Params, Response
 from densereward.methods.describe import describe
 from densereward_client.wire import MethodAvailability, MethodRequest, TokenRewardsRequest
 
-__all__ = ["Plan", "availability", "boundaries_of", "needs_of", "plan"]
+__all__ = ["Plan", "availability", "boundaries_of", "default_method", "needs_of", "plan"]
 
 _WITHOUT_PAIR = "it takes a policy and its reference: start the server with --pair policy=SOURCE,reference=SOURCE"
 
-_DEFAULTS = ("red", "steps", "abc")
-"""What a request without methods gets: the first of these that the model can serve."""
+_DEFAULTS = ("red", "steps", "sparse")
+"""What a request without methods gets: the first of these that all its models can serve."""
 
 _INCLUDED: dict[str, Need] = {"prefix_scores": PrefixScores(), "attention": AttentionRow(-1)}
 
@@ -49,8 +49,7 @@ def plan(request: TokenRewardsRequest, engine: Engine) -> list[Plan]:
         InvalidRequest: a parameter that does not fit, or one key for two methods.
         MethodUnavailable: no such method.
     """
-    can = availability(engine)
-    default = next((name for name in _DEFAULTS if can[name].available), "sparse")
+    default = default_method([availability(engine)])
     plans = [_read(asked, engine.facts.layers) for asked in request.method_requests(default)]
     keys = [each.key for each in plans]
     if repeated := sorted(key for key, count in Counter(keys).items() if count > 1):
@@ -60,6 +59,11 @@ def plan(request: TokenRewardsRequest, engine: Engine) -> list[Plan]:
             field="methods",
         )
     return plans
+
+
+def default_method(models: Sequence[Mapping[str, MethodAvailability]]) -> str:
+    """The method of a request that names none, for one model or several."""
+    return next(name for name in _DEFAULTS if all(methods[name].available for methods in models))
 
 
 def needs_of(plans: Sequence[Plan], request: TokenRewardsRequest, engine: Engine) -> frozenset[Need]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from densereward.capture import AttentionRow, Captured, PrefixScores, ScoringInput, StepScores
+from densereward.capture import AttentionRow, Captured, LogProbabilities, Need, PrefixScores, ScoringInput, StepScores
 from densereward.engines.base import TOLERANCE, Engine
 from densereward.errors import EngineFailure, ModelError
 
@@ -16,6 +16,7 @@ __all__ = ["TOLERANCE", "self_check"]
 _LENGTHS = (1, 7, 33, 100)
 _PROMPT = 65  # long enough for an engine to keep it when it comes again
 _CLOSING = 2
+_ALONE = 40
 
 
 def self_check(engine: Engine) -> None:
@@ -35,6 +36,39 @@ def self_check(engine: Engine) -> None:
         _check_numbers(captured)
         _check_closed_prefixes(captured, tolerance)
     _check_batch_invariance(together, alone, tolerance)
+    _check_isolation(engine, tolerance / 10)
+
+
+def _check_isolation(engine: Engine, tolerance: float) -> None:
+    """What stands beside a sequence is nothing to it: beside another of the same length, its numbers are the same."""
+    length = min(_ALONE, engine.facts.max_length)
+    ids = np.random.default_rng(1).integers(0, engine.facts.vocabulary_size, (3, length)).tolist()
+    needs = _needs(engine)
+    steps = range(1, length) if StepScores() in needs else ()
+    own, neighbour, other = (
+        ScoringInput(each, 1, length - 1, length - 1, needs=needs - {PrefixScores("closed")}, steps=steps)
+        for each in ids
+    )
+    for place, first, second in ((1, [neighbour, own], [other, own]), (0, [own, neighbour], [own, other])):
+        before, after = (engine.forward(batch)[place] for batch in (first, second))
+        for one, two in zip(_numbers(before), _numbers(after), strict=True):
+            moved = float(np.abs(one - two).max(initial=0))
+            if moved > tolerance * float(np.abs(one).max(initial=1e-3)):
+                raise ModelError(
+                    f"the self-check's numbers of a sequence move by {moved:.2g} when its neighbour in the batch is "
+                    "another; something in this model mixes sequences"
+                )
+
+
+def _numbers(captured: Captured) -> list[np.ndarray]:
+    return [np.array([captured.reward], np.float32), *captured.arrays]
+
+
+def _needs(engine: Engine) -> frozenset[Need]:
+    """What is looked at of what the engine provides."""
+    kinds = PrefixScores | StepScores | LogProbabilities
+    every = engine.provides - {LogProbabilities(alone=True)}
+    return frozenset(need for need in every if isinstance(need, kinds) or need == AttentionRow(-1))
 
 
 def _probes(engine: Engine) -> list[ScoringInput]:
@@ -42,8 +76,7 @@ def _probes(engine: Engine) -> list[ScoringInput]:
     generator = np.random.default_rng(0)
     ids = generator.integers(0, engine.facts.vocabulary_size, 2 * max(_LENGTHS)).tolist()
     closing = ids[:_CLOSING]
-    kinds = PrefixScores | StepScores
-    needs = frozenset(need for need in engine.provides if isinstance(need, kinds) or need == AttentionRow(-1))
+    needs = _needs(engine)
     probes = []
     for length in (*_LENGTHS, _LENGTHS[-1] - 1):
         prompt = 0 if length < max(_LENGTHS) - 1 else _PROMPT
@@ -84,9 +117,11 @@ def _check_batch_invariance(together: Sequence[Captured], alone: Sequence[Captur
         moved = abs(first.reward - second.reward)
         for mode, prefixes in first.prefixes.items():
             moved = max(moved, float(np.abs(prefixes.after - second.prefixes[mode].after).max(initial=0)))
-        if first.step_scores is not None and second.step_scores is not None:
-            moved = max(moved, float(np.abs(first.step_scores - second.step_scores).max(initial=0)))
         if moved > tolerance * largest:
             raise ModelError(
                 f"the self-check's scores move by {moved:.2g} with the batch around them, which is more than rounding"
             )
+        for name in ("step_scores", "log_probabilities"):
+            one, two = getattr(first, name), getattr(second, name)
+            if one is not None and (moved := float(np.abs(one - two).max(initial=0))) > tolerance:
+                raise ModelError(f"the self-check's {name} move by {moved:.2g} with the batch around them")

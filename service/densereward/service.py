@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ def load(settings: ModelSettings, source: str | None = None) -> tuple[Engine, Al
 
         source = str(ensure_default_model())
     _check_folder(source)
+    with _as_model_error(source):
+        return _load(settings, source)
+
+
+def _load(settings: ModelSettings, source: str) -> tuple[Engine, Aligner]:
     engine: Engine = ENGINES["torch"].load(
         source,
         revision=settings.revision,
@@ -68,6 +74,27 @@ def load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
     Raises:
         ModelError: a model cannot be loaded, or would answer wrong numbers, or the two do not read text alike.
     """
+    with _as_model_error(str(settings.pair)):
+        return _load_pair(settings)
+
+
+@contextmanager
+def _as_model_error(source: str) -> Iterator[None]:
+    """A model's own code can fail in any way while it loads; the operator needs one message.
+
+    Raises:
+        ModelError: something failed.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        logger.debug("loading %s", source, exc_info=True)
+        raise ModelError(f"{source} cannot be served: {type(error).__name__}: {error}") from error
+
+
+def _load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
     sources = settings.pair_sources
     engines: list[Any] = []
     for source in sources.values():
@@ -256,11 +283,13 @@ class Service:
                     code="invalid_ensemble",
                     field="ensemble",
                 )
+            self._refuse_pairs_methods(request)
             return EnsemblePipeline(request.model, [self._named(name) for name in names], asked)
         if isinstance(request.model, list):
             members = [self._named(name) for name in request.model]
             if len({member.name for member in members}) < len(members):
                 raise InvalidRequest("an ensemble has a model twice", code="invalid_ensemble", field="model")
+            self._refuse_pairs_methods(request)
             name = "+".join(member.name for member in members)
             return EnsemblePipeline(name, members, request.ensemble or Ensemble())
         if request.ensemble is not None:
@@ -270,10 +299,17 @@ class Service:
         return self._beside_pair(self._named(request.model), request)
 
     def _beside_pair(self, model: Pipeline, request: RewardsRequest) -> Pipeline | PairedPipeline:
-        if self._pair is None or model is self._pair or not isinstance(request, TokenRewardsRequest):
+        if self._pair is None or model is self._pair or not _pairs_methods(request):
             return model
-        methods = (METHODS[asked.name] for asked in request.method_requests("red") if asked.name in METHODS)
-        return PairedPipeline(model, self._pair) if any(method.by_pair for method in methods) else model
+        return PairedPipeline(model, self._pair)
+
+    def _refuse_pairs_methods(self, request: RewardsRequest) -> None:
+        if self._pair is not None and (names := _pairs_methods(request)):
+            raise InvalidRequest(
+                f"an ensemble has no pair beside it; ask one of its models for {', '.join(names)}",
+                code="invalid_ensemble",
+                field="methods",
+            )
 
     def _named(self, name: str | None) -> Pipeline:
         """A model by its name; None is the first, and so is "default" where none is called so."""
@@ -284,3 +320,11 @@ class Service:
             there = ", ".join(map(repr, [*pipelines, *self.settings.ensembles]))
             raise UnknownModel(f"no model named {name!r} is served here; there is {there}", field="model")
         return pipelines[name]
+
+
+def _pairs_methods(request: RewardsRequest) -> list[str]:
+    """Methods of a request that a pair gives."""
+    if not isinstance(request, TokenRewardsRequest):
+        return []
+    asked = [each.name for each in request.method_requests("red") if each.name in METHODS]
+    return [name for name in asked if METHODS[name].by_pair]

@@ -62,7 +62,7 @@ class ModelSettings(BaseSettings):
         None,
         min_length=1,
         description="For a token classifier that was trained on steps, as by TRL's PRMTrainer: the text that ends each "
-        "of them, `\\n` for a line break. Without it, each token is scored.",
+        "of them, `\\n` for a line break. Without it, each token is scored. It holds for all that are served.",
     )
     max_length: PositiveInt | None = Field(
         None, description="Tokens in the longest sequence served; by default what the model's config gives."
@@ -95,7 +95,8 @@ class ModelSettings(BaseSettings):
             found = re.fullmatch(r"([^=]+)=(.+):(mean|min|uncertainty)", text)
             if found is None or len(found[2].split("+")) < 2:
                 raise ValueError(f"ensemble {text!r} is not of the form NAME=MODEL+MODEL:mean, :min or :uncertainty")
-            if unknown := [name for name in found[2].split("+") if name not in self.sources]:
+            there = {*self.sources, PAIR} if "reference" in self.pair_sources else self.sources
+            if unknown := [name for name in found[2].split("+") if name not in there]:
                 raise ValueError(f"ensemble {text!r} names {', '.join(unknown)}; there are {', '.join(self.sources)}")
             if found[1] in self.sources:
                 raise ValueError(f"{found[1]!r} is a model and an ensemble")
@@ -116,8 +117,10 @@ class ModelSettings(BaseSettings):
     def _is_a_pair(cls, given: str | None) -> str | None:
         """Its parts have their names."""
         parts = [] if given is None else _parts(given)
-        whole = all(source for _, _, source in parts)
-        if given is not None and not (whole and [name for name, *_ in parts] in (["policy"], ["policy", "reference"])):
+        whole = all(source for _, source in parts)
+        if given is not None and not (
+            whole and sorted(name for name, _ in parts) in (["policy"], ["policy", "reference"])
+        ):
             raise ValueError(f"{given!r} is not of the form policy=SOURCE,reference=SOURCE")
         return given
 
@@ -130,7 +133,7 @@ class ModelSettings(BaseSettings):
     @property
     def pair_sources(self) -> dict[str, str]:
         """Folder or hub id of the policy, and of the reference where there is one."""
-        return {} if self.pair is None else {name: source for name, _, source in _parts(self.pair)}
+        return {} if self.pair is None else dict(sorted(_parts(self.pair)))  # the policy first
 
     @property
     def ensembles(self) -> dict[str, tuple[list[str], str]]:
@@ -159,9 +162,10 @@ class ModelSettings(BaseSettings):
         return (*sources, InitSettingsSource(settings_cls, _read(Path(file), settings_cls))) if file else sources
 
 
-def _parts(pair: str) -> list[tuple[str, str, str]]:
-    """NAME, "=" and SOURCE of each part."""
-    return [each.strip().partition("=") for each in pair.split(",")]
+def _parts(pair: str) -> list[tuple[str, str]]:
+    """Name and source of each part."""
+    parts = [each.partition("=") for each in pair.split(",")]
+    return [(name.strip(), source.strip()) for name, _, source in parts]
 
 
 def _named(model: str) -> tuple[str, str]:

@@ -109,13 +109,13 @@ def spread(
 ) -> Float64[np.ndarray, " L"]:
     """Values on source spans, moved to target spans in proportion to the bytes they share; the sum is kept.
 
-    Both lists are in order and without overlap inside, so one walk over the two finds every shared byte. A source
+    Targets are in order and without overlap, so one walk over the two finds every shared byte. A source
     that shares no byte with any target (white space the trainer skipped, a token of no bytes) goes whole to the next
     target that ends after it, or to the last one.
     """
     result = np.zeros(len(targets))
     first = 0
-    for value, (start, stop) in zip(values, sources, strict=True):
+    for value, (start, stop) in sorted(zip(values, sources, strict=True), key=lambda each: each[1][0]):
         while first < len(targets) - 1 and targets[first][1] <= start:
             first += 1
         shares = _overlaps(start, stop, targets, first)

@@ -1,19 +1,23 @@
 """A response written for a model that judges its steps: a separator after each, at whose last token it is read.
 
-The separator takes the place of what stands between two steps in the response, a blank line or a line break, and
-bears its last byte, so that a step's reward goes to the one token that ends it; the separator after the last step has
-no byte. Steps are tokenised one by one, as such models were trained.
+The separator takes the place of what stands between two steps in the response, a blank line or a line break. In the
+response's bytes it stands where the step's last letter does, so that a step's reward goes to the token that ends it,
+whatever the trainer's tokens leave out. Steps are tokenised one by one, as such models were trained.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from densereward.capture import Span
+from densereward.errors import InvalidRequest, ModelError
 from densereward.tokens import Vocabulary
+from densereward_client.wire import Sample
 
-__all__ = ["InSteps", "in_steps"]
+__all__ = ["InSteps", "StepWriter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,7 @@ class InSteps:
 
     Attributes:
         ids: of steps and separators.
-        spans: [start, end) of each in the response's UTF-8 bytes.
+        spans: [start, end) of each in the response's UTF-8 bytes; a separator has its step's last byte once more.
         stops: tokens before the end of each step, its separator included.
     """
 
@@ -31,32 +35,111 @@ class InSteps:
     stops: list[int]
 
 
-def in_steps(response: str, cut: str, separator_ids: Sequence[int], vocabulary: Vocabulary) -> InSteps:
-    """Cut a response and write it step by step; steps of white space alone are none.
+class StepWriter:
+    """Writes responses for one model.
 
     Args:
-        response: the text, not all of it white space.
-        cut: what stands between steps.
-        separator_ids: what is written after each.
         vocabulary: the model's.
+        cut: what stands between steps; its line breaks may be of either kind.
+        separator: what is written after each.
+        closing_ids: what the model's template writes after a response, which is no part of the last step.
+        vocabulary_size: token ids are below it.
+
+    Raises:
+        ModelError: the tokenizer cannot write the separator.
     """
-    written = InSteps([], [], [])
-    size = len(response.encode())
-    for step, begin in _steps(response, cut):
-        encoding = vocabulary.encode(step)
-        end = begin + len(step.encode())
-        behind = min(end + len(cut.encode()), size)
-        written.ids.extend([*encoding.ids, *separator_ids])
-        written.spans.extend((begin + start, begin + stop) for start, stop in vocabulary.spans_in_text(step, encoding))
-        written.spans.extend([*[(end, end)] * (len(separator_ids) - 1), (max(behind - 1, end), behind)])
-        written.stops.append(len(written.ids))
-    return written
 
+    def __init__(
+        self, vocabulary: Vocabulary, cut: str, separator: str, closing_ids: Sequence[int], vocabulary_size: int
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._cut = re.compile("\r?\n".join(map(re.escape, cut.split("\n"))))
+        self._separator = vocabulary.encode(separator).ids
+        self._special = separator if separator != cut else None
+        self._endings = {*closing_ids, vocabulary.eos_id}
+        known = [token for token in self._separator if token < vocabulary_size]
+        if not known or known != self._separator:
+            raise ModelError(f"the tokenizer writes {self._separator} for {separator!r}, which is not in the model")
+        if self._special is not None and not (len(known) == 1 and vocabulary.is_added(known[0])):
+            raise ModelError(
+                f"the tokenizer does not know {separator!r} as a token of its own; it is another model's tokenizer"
+            )
 
-def _steps(response: str, cut: str) -> Iterator[tuple[str, int]]:
-    """Each step, and the byte it begins at."""
-    begin = 0
-    for part in response.split(cut):
-        if part.strip():
-            yield part, begin
-        begin += len(part.encode()) + len(cut.encode())
+    def write(self, response: str) -> InSteps:
+        """Cut a response that holds some letter, and write it step by step; steps of white space alone are none."""
+        written = InSteps([], [], [])
+        for step, begin in self._steps(response):
+            encoding = self._vocabulary.encode(step)
+            spans = self._vocabulary.spans_in_text(step, encoding)
+            end = begin + len(step.rstrip().encode())
+            written.ids.extend([*encoding.ids, *self._separator])
+            written.spans.extend((begin + start, begin + stop) for start, stop in spans)
+            written.spans.extend([(end - 1, end)] * len(self._separator))
+            written.stops.append(len(written.ids))
+        return written
+
+    def _steps(self, response: str) -> Iterator[tuple[str, int]]:
+        """Each step, and the byte it begins at."""
+        begins = [0, *(match.end() for match in self._cut.finditer(response))]
+        ends = [*(match.start() for match in self._cut.finditer(response)), len(response)]
+        for begin, end in zip(begins, ends, strict=True):
+            if response[begin:end].strip():
+                yield response[begin:end], len(response[:begin].encode())
+
+    def as_text(self, sample: Sample) -> Sample:
+        """A sample whose response is text without closing tokens at its end; ids become spans to reward.
+
+        Raises:
+            InvalidRequest: there is no step, or what ids say cannot be written anew.
+        """
+        ids = sample.response_token_ids
+        text, given = self._of_text(sample) if ids is None else self._of_ids(ids)
+        if not text.strip():
+            raise InvalidRequest("this model judges steps, and the response holds none", code="empty_response")
+        if self._special is not None and self._special in text:
+            raise InvalidRequest(
+                f"the response holds {self._special!r}, which stands for the end of a step and is written here",
+                code="separator_in_response",
+                field="response",
+            )
+        return sample.model_copy(update={"response": text, "response_token_ids": None} | given)
+
+    def _of_text(self, sample: Sample) -> tuple[str, dict[str, list[Span]]]:
+        response = sample.response or ""
+        encoding = self._vocabulary.encode(response)
+        content = self._content(encoding.ids)
+        whole = response.encode()
+        if content == len(encoding.ids):
+            return response, {}
+        size = self._vocabulary.spans_in_text(response, encoding)[content][0]
+        spans = sample.response_spans
+        inside = spans is not None and all(stop <= len(whole) for _, stop in spans)  # others are refused elsewhere
+        given = {"response_spans": [(min(a, size), min(b, size)) for a, b in spans]} if spans and inside else {}
+        return whole[:size].decode(), given
+
+    def _of_ids(self, ids: Sequence[int]) -> tuple[str, dict[str, list[Span]]]:
+        body = ids[: self._content(ids)]
+        spans, text = self._vocabulary.spans_of_ids(body), None
+        with suppress(UnicodeDecodeError):
+            text = self._vocabulary.text_of(body)
+        same = text is not None and self._added(self._vocabulary.encode(text).ids) == self._added(body)
+        if spans is None or text is None or not same or not all(map(self._vocabulary.token_bytes, body)):
+            raise InvalidRequest(
+                "the response is written anew, step by step, and its ids are no text that reads as they do; give "
+                "`response` as text",
+                code="no_text",
+                field="response_token_ids",
+            )
+        size, shift = len(text.encode()), len(self._vocabulary.bytes_of(body)) - len(text.encode())
+        moved = [(max(start - shift, 0), max(stop - shift, 0)) for start, stop in spans]
+        return text, {"response_spans": [*moved, *[(size, size)] * (len(ids) - len(body))]}
+
+    def _content(self, ids: Sequence[int]) -> int:
+        """Tokens before the closing ones, of which the first is one that no text writes."""
+        start = len(ids)
+        while start and ids[start - 1] in self._endings:
+            start -= 1
+        return next((i for i in range(start, len(ids)) if self._vocabulary.is_added(ids[i])), len(ids))
+
+    def _added(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if self._vocabulary.is_added(token)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from copy import copy
+from itertools import accumulate
 from typing import Any
 
 from densereward.align import Aligned
+from densereward.capture import Span
 from densereward.errors import DenseRewardError, InvalidRequest
 from densereward.pipeline import Pipeline, Samples, Scores, Work
 from densereward_client.wire import Sample
@@ -47,7 +49,13 @@ def _shared(
         return InvalidRequest(
             f"the bytes of {first.name}'s tokens cannot be known; give `response_spans`", code="no_spans"
         )
-    return sample.model_copy(update={"response_spans": aligned.spans})
+    return sample.model_copy(update={"response_spans": _without_overlap(aligned.spans)})
+
+
+def _without_overlap(spans: Sequence[Span]) -> list[Span]:
+    """The spans as a trainer would send them; of separators, which stand where their steps end, nothing is left."""
+    ends = [0, *accumulate((stop for _, stop in spans), max)]
+    return [(max(start, before), max(stop, before)) for (start, stop), before in zip(spans, ends[:-1], strict=True)]
 
 
 async def all_scores(models: Sequence[Pipeline], works: Sequence[Work]) -> list[Scores]:

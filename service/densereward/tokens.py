@@ -61,6 +61,7 @@ class Vocabulary:
         self._alphabet = _byte_alphabet()
         self._decoders = _types(self._definition.get("decoder"))
         self.bos_id: int | None = tokenizer.bos_token_id
+        self.eos_id: int | None = tokenizer.eos_token_id
         self.prefix_ids, self.suffix_ids = self._special_frame()
 
     def _special_frame(self) -> tuple[list[int], list[int]]:
@@ -88,6 +89,23 @@ class Vocabulary:
         if len(text) > _KEPT_CHARACTERS:
             return self.encode(text).ids
         return list(self._prompt_ids(text))
+
+    def is_added(self, token_id: int) -> bool:
+        """Whether a token stands beside the vocabulary that texts are cut into: special tokens do."""
+        return token_id in self._added
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text that is read as these ids; without the blank that some tokenizers write before every text.
+
+        Raises:
+            UnicodeDecodeError: their bytes are no text.
+        """
+        written = self.bytes_of(token_ids)
+        return written.removeprefix(self._before_text).decode()
+
+    @cached_property
+    def _before_text(self) -> bytes:
+        return self.bytes_of(self.encode(_ANY_LETTER).ids).removesuffix(_ANY_LETTER.encode())
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The bytes a token stands for inside a text, or None where the tokenizer does not let that be known."""

@@ -84,6 +84,7 @@ def test_every_knob_can_be_set_from_the_environment(
         ("policy=a,reference=b", {"policy": "a", "reference": "b"}),
         ("policy=/x=1, reference=org/b", {"policy": "/x=1", "reference": "org/b"}),
         ("policy=a", {"policy": "a"}),
+        ("reference= b , policy=a", {"policy": "a", "reference": "b"}),
         (None, {}),
     ],
 )
@@ -96,7 +97,7 @@ def test_a_separator_may_be_given_as_a_shell_writes_line_breaks(given: str, sepa
     assert ModelSettings(step_separator=given).step_separator == separator
 
 
-@pytest.mark.parametrize("pair", ["a,b", "reference=b", "reference=b,policy=a", "policy=,reference=b", "policy=a,b"])
+@pytest.mark.parametrize("pair", ["a,b", "reference=b", "policy=a,policy=b", "policy=,reference=b", "policy=a,b"])
 def test_what_is_no_pair_is_refused(pair: str) -> None:
     with pytest.raises(ValidationError, match="is not of the form policy=SOURCE,reference=SOURCE"):
         ModelSettings(pair=pair)

@@ -100,6 +100,7 @@ def test_models_tells_what_is_served_and_how_it_reads_text(server: Server) -> No
         "max_length": 2048,
         "closing_token_ids": [2, 201],
         "adds_bos": False,
+        "step_cut": None,
         "step_separator": None,
         "notice": None,
         "prefix_modes": ["open", "closed"],

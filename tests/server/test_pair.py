@@ -139,6 +139,11 @@ def test_a_bad_sample_fails_alone_and_an_empty_response_has_all_left_out(paired:
     items = paired.items([TEXT, bad, TEXT | {"response": ""}], methods=["implicit"], on_error="item")
     assert [item.get("error", {}).get("code") for item in items] == [None, "length_mismatch", None]
     assert items[2]["token_rewards"] == {"implicit": []}
+    [only] = paired.items([bad], methods=[{"name": "implicit", "normalize": "running"}], on_error="item")
+    assert only["error"]["code"] == "length_mismatch"
+    for method in ("implicit", "contrastive"):
+        item = paired.item(TEXT | {"response": "", "response_spans": [[0, 0]]}, methods=[method])
+        assert item["token_rewards"][method] == pytest.approx([item["reward"]], abs=STEP)
     assert items[2]["baseline"]["implicit"] == pytest.approx(items[2]["reward"], abs=STEP)
 
 
@@ -158,7 +163,8 @@ def test_base64_and_running_scales_work_beside_a_pair(paired: Api) -> None:
         ({"prompt": "", "response": "Yes"}, {"model": "pair"}, "empty_prompt"),
         ({"prompt": "Well?\n", "response": "Yes"}, {"methods": ["contrastive"]}, "needs_messages"),
         ({"prompt_token_ids": [5], "response_token_ids": [6]}, {"methods": ["implicit"]}, "ids_of_another_model"),
-        (TEXT, {"model": ["rm", "pair"], "methods": ["implicit"]}, "method_unavailable"),
+        (TEXT, {"model": ["rm", "pair"], "methods": ["implicit"]}, "invalid_ensemble"),
+        (TEXT | {"messages": []}, {"methods": ["contrastive"]}, "needs_messages"),
         (TEXT, {"model": "pair", "methods": ["abc"]}, "method_unavailable"),
         (TEXT, {"methods": ["implicit", "implicit"]}, "repeated_method"),
         (TEXT, {"methods": [{"name": "implicit", "ratio_scale": 0}]}, "invalid_params"),
@@ -221,11 +227,12 @@ def test_without_a_pair_the_refusal_says_how_to_get_one(api: Api) -> None:
         ("policy={policy},reference={rm}", "1 missing keys while loading"),
         ("policy={policy},reference={other}", "the tokenizers of"),
         ("policy={policy},reference={larger}", "the policy has 320 tokens and the reference 321"),
+        ("policy={policy},reference={policy}", "policy and reference are the same model"),
         ("policy={policy},reference=/no/where", "there is no folder /no/where"),
     ],
 )
 def test_two_models_that_are_no_pair_are_not_served(folder: Path, tmp_path: Path, pair: str, message: str) -> None:
-    other = tiny.save_language_model(tmp_path / "other", "qwen3")
+    other = tiny.save_language_model(tmp_path / "other", "qwen3", 5)
     larger = tiny.save_language_model(tmp_path / "larger", "qwen3", vocab_size=321)
     names = {"policy": folder / "policy", "rm": folder / "rm", "other": other, "larger": larger}
     given = pair.format(**names)

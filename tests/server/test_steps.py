@@ -56,7 +56,7 @@ def trl_reading(folder: Path) -> list[float]:
     """As TRL's PRMTrainer writes a row: steps tokenised apart, each with the separator, judged at its last token."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "trl")
     model = AutoModelForTokenClassification.from_pretrained(folder / "trl", attn_implementation="eager").eval()
-    ids = tokenizer.encode(_prompt(tokenizer), add_special_tokens=False)
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(_prompt(tokenizer), add_special_tokens=False)]
     ends = []
     for step in STEPS:
         ids += tokenizer.encode(step, add_special_tokens=False) + tokenizer.encode("\n\n", add_special_tokens=False)
@@ -97,7 +97,7 @@ def test_steps_are_judged_as_the_family_reads_them(judges: Api, folder: Path, mo
     rewards[[each["end"] - 1 for each in item["segments"]["steps"]]] = expected
     assert item["token_rewards"]["steps"] == pytest.approx(rewards.tolist(), abs=STEP)
     texts = [SOLUTION.encode()[start:stop].decode(errors="replace") for start, stop in item["spans"]]
-    assert [texts[each["end"] - 1] for each in item["segments"]["steps"]] == ["\n", "\n", ""]
+    assert [texts[each["end"] - 1] for each in item["segments"]["steps"]] == [".", ".", "u"]
 
 
 @pytest.mark.parametrize("place", ["last", "spread"])
@@ -114,7 +114,7 @@ def test_forms_of_step_rewards_come_back_on_the_trainers_tokens(judges: Api, pla
         found = np.array(item["token_rewards"][form])
         assert [found[:2].sum(), found[2:4].sum(), found[4]] == pytest.approx(values.tolist(), abs=STEP)
         if place == "last":
-            assert found[[0, 2]].tolist() == [0, 0]
+            assert found[[1, 3]].tolist() == [0, 0]
     assert item["baseline"]["difference"] == pytest.approx(0, abs=STEP)
 
 
@@ -131,7 +131,7 @@ def test_ids_are_read_as_their_text_and_rewarded_one_by_one(judges: Api, folder:
         assert len(rewards) == len(given)
         assert item["reward"] == pytest.approx(expected["reward"], abs=STEP)
         assert np.count_nonzero(rewards) == 3
-        assert rewards[-1] == pytest.approx(expected["reward"], abs=STEP)
+        assert rewards[len(ids) - 1] == pytest.approx(expected["reward"], abs=STEP)
 
 
 def test_the_last_step_of_a_cut_response_is_judged_and_the_answer_says_so(judges: Api) -> None:
@@ -174,6 +174,28 @@ def test_controls_mask_and_beta_work_on_models_that_judge_steps(judges: Api) -> 
     assert item["token_rewards"]["steps"] == pytest.approx(expected, abs=STEP)
 
 
+@pytest.mark.parametrize("spans", [[[0, 18], [20, 40], [42, 51]], [[0, 18], [18, 19], [20, 40], [42, 51]]])
+def test_a_steps_reward_stays_in_it_where_the_trainers_tokens_leave_white_space_out(
+    judges: Api, spans: list[list[int]]
+) -> None:
+    item = judges.item(
+        DIALOGUE | {"response": SOLUTION, "response_spans": spans},
+        model="trl",
+        methods=["steps"],
+        include=["segments"],
+    )
+    scores = [each["score"] for each in item["segments"]["steps"]]
+    rewards = [value for value, (start, _) in zip(item["token_rewards"]["steps"], spans, strict=True) if start != 18]
+    assert rewards == pytest.approx(scores, abs=STEP)
+
+
+def test_an_ensemble_of_a_judge_and_a_scorer_has_a_method_by_default_that_both_can_serve(
+    judges: Api, folder: Path
+) -> None:
+    item = judges.item(DIALOGUE | {"response": SOLUTION}, model=["trl", "process"])
+    assert item["token_rewards"].keys() == {"steps"}
+
+
 @pytest.mark.parametrize("company", [1, 7])
 def test_a_response_is_judged_alike_in_any_company(judges: Api, company: int) -> None:
     samples = [DIALOGUE | {"response": "good food\n\n" * count + "End"} for count in range(1, 1 + company)]
@@ -192,6 +214,7 @@ def test_a_response_is_judged_alike_in_any_company(judges: Api, company: int) ->
         ({"response": "Yes"}, {"include": ["prefix_scores"]}, "method_unavailable"),
         ({"response_token_ids": [200, 240]}, {}, "no_text"),
         ({"response_token_ids": []}, {}, "empty_response"),
+        ({"response_token_ids": [2]}, {}, "empty_response"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(judges: Api, response: Json, request_: Json, code: str) -> None:
@@ -207,7 +230,7 @@ def test_tokens_that_are_not_there_cannot_be_judged(tokens: Api) -> None:
 def test_the_models_say_what_they_judge(judges: Api, tokens: Api) -> None:
     trl, process = judges.http.get("/v1/models").json()["data"]
     assert (trl["head"], trl["step_separator"], trl["closing_token_ids"]) == ("token_classifier", "\n\n", [])
-    assert (process["head"], process["step_separator"]) == ("process", "<extra_0>")
+    assert (process["head"], process["step_cut"], process["step_separator"]) == ("process", "\n\n", "<extra_0>")
     assert process["family"] == "Qwen2ForProcessRewardModel"
     for card in (trl, process, *tokens.http.get("/v1/models").json()["data"]):
         available = [name for name, method in card["methods"].items() if method["available"]]
@@ -232,6 +255,22 @@ def test_labels_that_do_not_say_what_is_good_are_not_served(
     ended = command("serve", "--port", "0", "--model", str(folder), "--device", "cpu", *flags)
     assert ended.returncode == 1
     assert message in ended.stderr
+
+
+def test_a_separator_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save_process_model(tmp_path / "model")
+    tiny.make_tokenizer().save_pretrained(folder)
+    ended = command("serve", "--port", "0", "--model", str(folder), "--device", "cpu")
+    assert ended.returncode == 1
+    assert "does not know '<extra_0>' as a token of its own" in ended.stderr
+
+
+def test_the_fingerprint_tells_how_steps_are_written(folder: Path, judges: Api, tmp_path: Path) -> None:
+    sample = DIALOGUE | {"response": SOLUTION}
+    flags = ["--device", "cpu", "--model", f"trl={folder / 'trl'}", "--step-separator", r"\n"]
+    with serving(tmp_path / "log", *flags) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        other = Api(http).answer([sample])
+    assert other["fingerprint"] != judges.answer([sample], model="trl")["fingerprint"]
 
 
 def test_a_separator_that_no_model_heeds_is_refused(tmp_path: Path) -> None:

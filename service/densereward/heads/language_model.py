@@ -7,6 +7,7 @@ folded into a running log-sum-exp.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -25,11 +26,15 @@ _TOKENS = {"cpu": 2048, "cuda": 16384}
 """Logits that are there at once: 8 MB, which a CPU's cache may hold, or enough to keep a GPU busy."""
 
 
+_KNOWN = {"final_logit_softcapping", "logit_scale", "logits_scaling", "attn_logit_softcapping"}
+_ABOUT_LOGITS = re.compile(r"logit|soft_?cap|lm_head_mult")
+
+
 class LanguageModelHead(Head):
     """The output embedding of a causal language model.
 
     Raises:
-        ModelError: the model has none.
+        ModelError: the model has none, or its config shapes logits in a way that is not known here.
     """
 
     name = "language_model"
@@ -39,6 +44,7 @@ class LanguageModelHead(Head):
         if layer is None:
             raise ModelError(f"{type(model).__name__} has no output embedding; it is no causal language model")
         config = model.config.get_text_config()
+        _refuse_unknown(config.to_dict())
         self._weight: Tensor = layer.weight.detach()
         self._biased = layer.bias is not None
         self._bias = layer.bias.detach().float() if self._biased else self._weight.new_zeros(len(self._weight)).float()
@@ -46,11 +52,20 @@ class LanguageModelHead(Head):
         self._scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies by it,
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
 
+    @property
+    def size(self) -> int:
+        """Tokens that it knows."""
+        return len(self._weight)
+
     def read(self, hidden: Float[Tensor, "M E"], following: Int64[Tensor, " M"]) -> Float32[Tensor, " M"]:
         """Log-probabilities of the tokens that follow, in nats."""
         parts = zip(hidden.split(_POSITIONS), following.split(_POSITIONS), strict=True)
         with torch.autocast(hidden.device.type, enabled=False):
             return torch.cat([self._log_probabilities(*part) for part in parts])
+
+    def logits(self, hidden: Float[Tensor, "m E"]) -> Float32[Tensor, "m V"]:
+        """All logits of a few positions, to compare them with the model's own."""
+        return self._shaped(product(hidden, self._weight) + self._bias)
 
     def _log_probabilities(self, hidden: Float[Tensor, "m E"], following: Int64[Tensor, " m"]) -> Float32[Tensor, " m"]:
         total = torch.full(following.shape, -torch.inf, device=hidden.device)
@@ -68,3 +83,14 @@ class LanguageModelHead(Head):
         if self._scale != 1:
             logits = logits * self._scale
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+
+def _refuse_unknown(config: dict[str, Any]) -> None:
+    """A cap or factor of another name would change every probability, some too little to be noticed in half precision.
+
+    Raises:
+        ModelError: the config has one.
+    """
+    numbers = {name: value for name, value in config.items() if isinstance(value, float | int) and value not in (0, 1)}
+    if strange := sorted(name for name in numbers if _ABOUT_LOGITS.search(name) and name not in _KNOWN):
+        raise ModelError(f"the config sets {', '.join(strange)}, which is not known to the language model's head")

@@ -18,7 +18,8 @@ weak guide for how a sequence's reward is shared out: give them a small `beta`.
 Traps: A model that follows no instructions gives noise around 0. The values are bounded by 1/2 a token, so a long
 response outweighs R. Word `better` and `worse` for the task at hand, and alike but for what they ask for.
 
-Cost: Two forward passes of the language model beside those of R; logits over the vocabulary a part at a time.
+Cost: Three forward passes of the policy, and one of the reference where the pair is the model; logits over the
+vocabulary a part at a time.
 """
 
 from __future__ import annotations

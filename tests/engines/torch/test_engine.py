@@ -395,9 +395,8 @@ def test_a_window_that_only_a_mask_knows_of_is_refused() -> None:
     )
     config.num_labels = 1
     assert "sliding_attention" in config.layer_types
-    engine = TorchEngine(_prepared(AutoModelForSequenceClassification.from_config(config)))
-    with pytest.raises(EngineFailure, match="hides its sliding_attention"):
-        engine.forward([sequence(12, 4)])
+    with pytest.raises(ModelError, match="hides its sliding_attention"):
+        TorchEngine(_prepared(AutoModelForSequenceClassification.from_config(config)))
 
 
 def test_memory_on_the_blocked_path_grows_with_length_and_not_with_its_square() -> None:

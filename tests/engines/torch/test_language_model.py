@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
 import reference
 import tiny
 from densereward.capture import LogProbabilities, LogRatios, Need, PrefixScores, ScoringInput
+from densereward.engines.torch import attention
 from densereward.engines.torch.language_model import LanguageModel
 from densereward.engines.torch.pair import Pair
 from densereward.errors import ModelError
@@ -122,10 +123,58 @@ def test_the_first_token_after_nothing_counts_as_given(two: Two) -> None:
     assert single.reward == 0
 
 
-def test_a_model_that_does_more_with_its_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("densereward.heads.language_model.getattr", lambda *_: None, raising=False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("times", [1.1, 0.9])
+def test_a_model_that_does_more_with_its_logits_is_refused(dtype: torch.dtype, times: float) -> None:
+    model = _prepared("llama").to(dtype)
+    own = model.forward
+    model.forward = lambda *args, **kwargs: _times(own(*args, **kwargs), times)
     with pytest.raises(ModelError, match="does something with its logits that is not known"):
-        LanguageModel(_prepared("granite"))
+        LanguageModel(model)
+
+
+def _times(output: Any, factor: float) -> Any:
+    output.logits = output.logits * factor
+    return output
+
+
+@pytest.mark.parametrize("name", ["logits_soft_cap", "lm_head_multiplier", "output_logit_soft_cap"])
+def test_a_config_that_shapes_logits_in_an_unknown_way_is_refused(name: str) -> None:
+    model = _prepared("llama")
+    setattr(model.config, name, 30.0)
+    with pytest.raises(ModelError, match=f"the config sets {name}"):
+        LanguageModel(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_mix_tokens_by_other_means_than_attention_are_refused(dtype: torch.dtype) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+    }
+    kinds = ["linear_attention", "full_attention"]
+    ends: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
+    torch.manual_seed(0)
+    attention.register()
+    model = AutoModelForCausalLM.from_config(
+        Qwen3NextConfig(**sizes, **heads, **ends, layer_types=kinds, linear_num_value_heads=4, linear_num_key_heads=2),
+        dtype=dtype,
+        attn_implementation=attention.IMPLEMENTATION,
+    )
+    with pytest.raises(ModelError, match="cannot be packed"):
+        LanguageModel(model.eval(), longest=512)
+
+
+def test_a_mixture_of_experts_is_read_like_any_other(tmp_path: Path) -> None:
+    folder = tiny.save_language_model(tmp_path, "mixtral")
+    engine = LanguageModel.load(str(folder), device="cpu")
+    self_check(engine)
+    batch = sequences()
+    for each, captured in zip(batch, engine.forward(batch), strict=True):
+        assert_log_probabilities(captured.log_probabilities, _eager(folder), each)
 
 
 def test_a_model_without_an_output_embedding_is_refused() -> None:
@@ -156,12 +205,15 @@ def test_a_pair_is_the_difference_of_its_models(tmp_path: Path) -> None:
 
 
 def test_a_pair_leaves_alone_what_only_the_policy_is_asked_for(tmp_path: Path) -> None:
-    folder = tiny.save_language_model(tmp_path)
-    pair = Pair(LanguageModel.load(str(folder), device="cpu"), LanguageModel.load(str(folder), device="cpu"))
-    alone, both = pair.forward([sequences(ALONE)[0], sequences(ALL)[0]])
-    assert alone.reward < 0
-    assert both.reward == pytest.approx(0, abs=1e-4)
+    folders = [tiny.save_language_model(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    first, second = (LanguageModel.load(str(folder), device="cpu") for folder in folders)
+    [own], [reference_own] = (model.forward([sequences()[0]]) for model in (first, second))
+    alone, both = Pair(first, second).forward([sequences(ALONE)[0], sequences(ALL)[0]])
+    assert alone.reward == pytest.approx(own.reward, abs=1e-4)
+    assert both.reward == pytest.approx(own.reward - reference_own.reward, abs=1e-3)
     assert alone.log_ratios is None
+    with pytest.raises(ModelError, match="policy and reference are the same model"):
+        Pair(first, first)
 
 
 def test_models_with_vocabularies_of_two_sizes_are_no_pair() -> None:

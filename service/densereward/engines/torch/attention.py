@@ -39,7 +39,15 @@ __all__ = ["IMPLEMENTATION", "Alone", "Replay", "packed_attention", "register"]
 IMPLEMENTATION = "densereward_packed"
 
 # Keywords models pass that do not change what attention computes in a packed forward pass without a cache.
-_HARMLESS = {"cache_position", "dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
+_HARMLESS = {
+    "cache_position",
+    "dropout",
+    "is_causal",
+    "output_attentions",
+    "output_router_logits",
+    "position_ids",
+    "use_cache",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,7 @@ class TorchEngine:
             notice=self._head.notice,
         )
         self._passes = Passes(model, self._head, self.facts.layers, self.facts.batch_tokens, prompt_cache)
+        self._passes.check_attention()
         if self.facts.unit != "sequence":
             return
         layers = range(-self.facts.layers, self.facts.layers)

@@ -123,7 +123,9 @@ def _load(
             output_loading_info=True,
         )
     except Exception as error:  # as above
-        raise ModelError(f"cannot load {source}: {error}") from error
+        own = isinstance(error, KeyError) and error.args == (attention.IMPLEMENTATION,)
+        why = "its attention is code of its own, which cannot be packed" if own else error
+        raise ModelError(f"cannot load {source}: {why}") from error
     _refuse_incomplete(source, report)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded

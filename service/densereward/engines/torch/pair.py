@@ -29,7 +29,7 @@ class Pair:
         reference: what it was trained from.
 
     Raises:
-        ModelError: their vocabularies are of different sizes.
+        ModelError: their vocabularies are of different sizes, or they are one model.
     """
 
     def __init__(self, policy: LanguageModel, reference: LanguageModel) -> None:
@@ -39,6 +39,8 @@ class Pair:
                 f"the policy has {first.vocabulary_size} tokens and the reference {second.vocabulary_size}; a pair has "
                 "one vocabulary"
             )
+        if first.weights_fingerprint == second.weights_fingerprint:
+            raise ModelError("policy and reference are the same model, and every reward would be 0")
         self._policy = policy
         self._reference = reference
         both = first.weights_fingerprint + second.weights_fingerprint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,12 @@ from jaxtyping import Float32
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from densereward.capture import Need
+from densereward.capture import AttentionRow, Need, ScoringInput
 from densereward.engines.torch.contributions import contributions
 from densereward.engines.torch.kept import KeptKeys, Prompt, PromptKeys
 from densereward.engines.torch.packing import PackedBatch, pack
-from densereward.engines.torch.pieces import Piece, WrittenOut, in_pieces
-from densereward.errors import EngineFailure
+from densereward.engines.torch.pieces import Piece, WrittenOut, in_pieces, write_out
+from densereward.errors import EngineFailure, ModelError
 from densereward.heads.base import Head
 
 __all__ = ["Passes", "Result"]
@@ -73,9 +73,30 @@ class Passes:
         self._head: Any = head
         self._device = model.device
         self._family = type(model).__name__
+        self._config: Any = model.config
         self._layers = layers
         self._batch_tokens = batch_tokens
         self._prompts = PromptKeys(prompt_cache)
+
+    def check_attention(self) -> None:
+        """Every layer must leave the mixing of tokens to attention that keeps sequences apart.
+
+        Raises:
+            ModelError: some layer has attention of its own, or something else that mixes tokens, so that a sequence
+                would read its neighbours.
+        """
+        rows: frozenset[Need] = frozenset(AttentionRow(layer) for layer in range(self._layers))
+        probe = ScoringInput([0, 1, 2, 3], 1, 3, 3, needs=rows)
+        try:
+            whole = write_out(probe)
+            self.run([replace(whole, following=np.zeros(len(whole.reads), dtype=np.int64))])
+        except EngineFailure as failure:
+            raise ModelError(f"{self._family} cannot be packed: {failure.message}") from failure
+        config = self._config.get_text_config()
+        strange = {kind for kind in getattr(config, "layer_types", None) or () if not kind.endswith("attention")}
+        strange |= {kind for kind in getattr(config, "layer_types", None) or () if kind.startswith("linear")}
+        if strange:
+            raise ModelError(f"{self._family} has layers of type {', '.join(sorted(strange))}, which cannot be packed")
 
     def run(self, sequences: Sequence[WrittenOut]) -> list[Result]:
         """One pass for all, or for a sequence that is too long for one a pass for each piece.

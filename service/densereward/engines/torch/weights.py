@@ -26,12 +26,12 @@ def weight_shapes(source: str, revision: str | None = None) -> dict[str, tuple[i
     for name in _files(source, revision):
         path = _find(source, revision, name)
         if path is None:
-            raise ModelError(f"{source}: the index names {name}, which is not there")
+            raise ModelError(f"cannot load {source}: the index names {name}, which is not there")
         try:
             with safe_open(path, framework="pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except Exception as error:  # a damaged file can break the reader in any way
-            raise ModelError(f"cannot read {path}: {error}") from error
+            raise ModelError(f"cannot load {source}: {name}: {error}") from error
     return shapes
 
 
