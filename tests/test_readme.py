@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from densereward.heads import HEADS
 from densereward.methods import METHODS
 from serving import Server, answer, serving
 
@@ -73,6 +74,14 @@ def _said(default: str | bool) -> str:
     if isinstance(default, str):
         return "texts" if " " in default else default
     return str(default).lower()
+
+
+def test_the_table_of_families_is_the_codes() -> None:
+    section = README.split("## Reward models")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.*) \| `(\w+)` \| (.*) \|$", section, re.MULTILINE)
+    told = {"sequence": "prefix scores", "token": "a score for each token", "step": "a score for each step"}
+    assert [(families, name) for families, name, _ in rows[:-1]] == [(HEADS[name].families, name) for name in HEADS]
+    assert all(what.startswith(told[HEADS[name].unit]) for _, name, what in rows[:-1])
 
 
 def test_the_commands_it_names_exist() -> None:
