@@ -87,7 +87,12 @@ def test_the_table_of_families_is_the_codes() -> None:
 def test_the_commands_it_names_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z-]+)", README)) <= targets
-    assert set(re.findall(r"(?:^|`|or: )densereward (\w+)", README, re.MULTILINE)) <= {"serve", "score", "demo"}
+    assert set(re.findall(r"(?:^|`|or: )densereward (\w+)", README, re.MULTILINE)) <= {
+        "serve",
+        "score",
+        "check",
+        "demo",
+    }
 
 
 def test_the_files_it_links_to_are_there() -> None:

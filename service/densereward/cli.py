@@ -1,4 +1,4 @@
-"""The command line: `densereward serve | score | demo`. Every flag is a field of the command's settings class."""
+"""The command line: `densereward serve | score | check | demo`. Every flag is a field of a command's settings class."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "serve": ("densereward.commands.serve:Serve", "answer trainers over HTTP"),
     "score": ("densereward.commands.score:Score", "score a file of samples without a server"),
+    "check": ("densereward.commands.check:Check", "look whether a model's numbers would be wrong"),
     "demo": ("densereward.commands.demo:Demo", "start a server, call it, show tokens coloured by reward"),
 }
 

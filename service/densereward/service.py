@@ -13,6 +13,7 @@ from typing import Any
 from densereward.align import Aligner
 from densereward.batcher import Batcher
 from densereward.budget import measure_budget
+from densereward.checks import ALLOWABLE, examine, refuse
 from densereward.engines import ENGINES
 from densereward.engines.base import Engine
 from densereward.ensemble import EnsemblePipeline
@@ -21,11 +22,10 @@ from densereward.methods import METHODS
 from densereward.metrics import Metrics
 from densereward.paired import PairedPipeline, card_beside
 from densereward.pipeline import Pipeline
-from densereward.selfcheck import self_check
 from densereward.settings import PAIR, ModelSettings
 from densereward_client.wire import Ensemble, ModelCard, RewardsRequest, TokenRewardsRequest
 
-__all__ = ["Service", "load", "load_pair"]
+__all__ = ["Service", "load", "load_pair", "load_unchecked"]
 
 logger = logging.getLogger("densereward")
 
@@ -43,6 +43,19 @@ def load(settings: ModelSettings, source: str | None = None) -> tuple[Engine, Al
         ModelError: the model cannot be loaded, or would answer wrong numbers.
     """
     source = source or next(iter(settings.sources.values()))
+    engine, aligner = load_unchecked(settings, source)
+    with _as_model_error(source):
+        _examine(engine, aligner, settings, source)
+    return engine, aligner
+
+
+def load_unchecked(settings: ModelSettings, source: str | None = None) -> tuple[Engine, Aligner]:
+    """The same before anything is looked at but what loading itself shows.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    source = source or next(iter(settings.sources.values()))
     if source == "default":
         from densereward.default_model import ensure_default_model
 
@@ -50,6 +63,14 @@ def load(settings: ModelSettings, source: str | None = None) -> tuple[Engine, Al
     _check_folder(source)
     with _as_model_error(source):
         return _load(settings, source)
+
+
+def _examine(engine: Engine, aligner: Aligner, settings: ModelSettings, source: str) -> None:
+    if unknown := sorted(set(settings.allow) - set(ALLOWABLE)):
+        raise ModelError(f"--allow {', '.join(unknown)}: only {', '.join(ALLOWABLE)} can be allowed")
+    for finding in refuse(examine(engine, aligner, settings.allow)):
+        if finding.status != "ok":
+            logger.warning("%s: %s: %s", source, finding.name, finding.text)
 
 
 def _load(settings: ModelSettings, source: str) -> tuple[Engine, Aligner]:
@@ -63,9 +84,7 @@ def _load(settings: ModelSettings, source: str) -> tuple[Engine, Aligner]:
         prompt_cache=settings.prompt_cache_bytes,
         separator=settings.step_separator,
     )
-    aligner = _aligner(_tokenizer(source, settings.revision), engine)
-    self_check(engine)
-    return engine, aligner
+    return engine, _aligner(_tokenizer(source, settings.revision), engine)
 
 
 def load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
@@ -107,7 +126,7 @@ def _load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
             batch_tokens=settings.max_batch_tokens,
             prompt_cache=settings.prompt_cache_bytes // len(sources),
         )
-        self_check(engine)
+        _examine(engine, _aligner(_tokenizer(source, None), engine), settings, source)
         engines.append(engine)
     pair: Engine = ENGINES["pair"](*engines) if len(engines) > 1 else engines[0]
     aligners = [_aligner(_tokenizer(source, None), pair) for source in sources.values()]
@@ -203,8 +222,6 @@ class Service:
             facts = engine.facts
             where = f"{facts.family}, {facts.dtype} on {facts.device}"
             logger.info("ready: %s (%s; %d tokens a pass)", name, where, budget)
-            if facts.notice is not None:
-                logger.warning("%s: %s", name, facts.notice)
         return Pipeline(name, engine, aligner, batcher, self.metrics)
 
     def _budget(self, engine: Engine) -> int:

@@ -64,6 +64,9 @@ class ModelSettings(BaseSettings):
         description="For a token classifier that was trained on steps, as by TRL's PRMTrainer: the text that ends each "
         "of them, `\\n` for a line break. Without it, each token is scored. It holds for all that are served.",
     )
+    allow: Annotated[list[str], NoDecode] = Field(
+        [], description="Findings of `densereward check` with which a model is served nevertheless, by their names."
+    )
     max_length: PositiveInt | None = Field(
         None, description="Tokens in the longest sequence served; by default what the model's config gives."
     )
@@ -75,7 +78,7 @@ class ModelSettings(BaseSettings):
     )
     max_queue_tokens: PositiveInt = Field(1_048_576, description="Tokens that may wait; beyond that, 429.")
 
-    @field_validator("model", "ensemble", mode="before")
+    @field_validator("model", "ensemble", "allow", mode="before")
     @classmethod
     def _one_or_several(cls, given: object) -> object:
         """One may be given as it stands, in the environment several with commas between them."""

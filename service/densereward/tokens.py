@@ -90,6 +90,11 @@ class Vocabulary:
             return self.encode(text).ids
         return list(self._prompt_ids(text))
 
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+
     def is_added(self, token_id: int) -> bool:
         """Whether a token stands beside the vocabulary that texts are cut into: special tokens do."""
         return token_id in self._added

@@ -63,8 +63,8 @@ def test_every_knob_can_be_set_from_the_environment(
     run: Run, seen: list[ModelSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {
-        "model": ["m"], "ensemble": [], "revision": "r", "model_name": "n", "pair": "policy=p", "step_separator": "s",
-        "device": "cpu",
+        "model": ["m"], "ensemble": [], "revision": "r", "model_name": "n", "pair": "policy=p",
+        "step_separator": "s", "allow": [], "device": "cpu",
         "dtype": "float16", "max_length": 1,
         "max_batch_tokens": 2, "prompt_cache_bytes": 17, "max_queue_tokens": 3, "host": "h", "port": 4,
         "api_key": "k", "max_body_bytes": 5, "max_samples": 6, "request_timeout": 7.5,

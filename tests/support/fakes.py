@@ -71,6 +71,9 @@ class FakeEngine:
             raise RuntimeError("poisoned")
         return [self._captured(each) for each in batch]
 
+    def reference(self, sequence: ScoringInput) -> Captured:
+        return self._captured(sequence)
+
     def close(self) -> None:
         self.closed = True
 

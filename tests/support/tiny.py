@@ -138,7 +138,7 @@ def save_judge(folder: Path, architecture: str = "llama", seed: int = 0, **chang
 def save_process_model(folder: Path, seed: int = 0) -> Path:
     """A folder in the layout of Qwen2.5-Math-PRM: its names of weights, its architecture, its special token."""
     torch.manual_seed(seed)
-    sizes = {**_SIZE, "vocab_size": 321, "num_labels": 2, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
+    sizes = {**_SIZE, "vocab_size": 324, "num_labels": 2, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
     config = Qwen2Config(**sizes)
     decoder = AutoModel.from_config(config)
     hidden = config.hidden_size
@@ -152,7 +152,7 @@ def save_process_model(folder: Path, seed: int = 0) -> Path:
         for i, layer in zip((0, 2), layers, strict=True)
         for name, each in layer.state_dict().items()
     }
-    weights["lm_head.weight"] = torch.zeros(321, hidden)  # published checkpoints carry one that nothing reads
+    weights["lm_head.weight"] = torch.zeros(324, hidden)  # published checkpoints carry one that nothing reads
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     written = config.to_dict() | {

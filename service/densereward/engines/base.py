@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from densereward.capture import Captured, Need, ScoringInput
@@ -35,6 +35,7 @@ class EngineFacts:
         cut, separator: what stands between steps in a response, and what is written after each for the model to judge
             it; None where the unit is no step.
         notice: what an operator must know of the scores; None where they are rewards as they stand.
+        special_ids: the model's own BOS and EOS ids by "bos" and "eos", as far as its config names them.
         needs_prompt: whether nothing can be said of a response to an empty prompt.
     """
 
@@ -53,6 +54,7 @@ class EngineFacts:
     cut: str | None = None
     separator: str | None = None
     notice: str | None = None
+    special_ids: Mapping[str, frozenset[int]] = field(default_factory=dict)
     needs_prompt: bool = False
 
 
@@ -75,6 +77,13 @@ class Engine(Protocol):
 
         Raises:
             EngineFailure: the pass failed.
+        """
+
+    def reference(self, sequence: ScoringInput) -> Captured:
+        """One sequence by an independent and slower way, to compare with.
+
+        Raises:
+            EngineFailure: there is none.
         """
 
     def close(self) -> None:

@@ -165,6 +165,27 @@ class TorchEngine:
         with self._passes.failures():
             return gradients(self._model, self._head, result.whole.sequence, float(result.reads[0]))
 
+    def reference(self, sequence: ScoringInput) -> Captured:
+        """One sequence in transformers' own eager attention: score, open prefix scores, rows.
+
+        Raises:
+            EngineFailure: the model has no such attention.
+        """
+        hidden, rows = self._passes.reference(self._model, sequence)
+        with torch.inference_mode():
+            scores = self._head.scores(hidden).cpu().numpy()
+        start, stop = sequence.prompt_length, sequence.response_stop
+        wanted = [need for need in sequence.needs if isinstance(need, AttentionRow)]
+        steps = scores[list(sequence.steps)]
+        return Captured(
+            reward=float(scores[sequence.scored_position] if self.facts.unit != "token" else steps.mean()),
+            length=sequence.response_length,
+            prefixes={"open": Prefixes(float(scores[start - 1]), scores[start:stop])}
+            if PrefixScores("open") in sequence.needs
+            else {},
+            attention_rows={need.layer: rows[need.layer].cpu().numpy()[start:stop] for need in wanted},
+        )
+
     def close(self) -> None:
         """Drop the model and give its memory back."""
         self._model = None

@@ -52,7 +52,13 @@ def facts_of(
         batch_tokens=batch_tokens or _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cuda"]),
         pair_cost=_pair_cost(model),
         weights_fingerprint=weights_fingerprint(model),
+        special_ids={name: _ids(model.config, f"{name}_token_id") for name in ("bos", "eos")},
     )
+
+
+def _ids(config: Any, name: str) -> frozenset[int]:
+    given = getattr(config.get_text_config(), name, None)
+    return frozenset(given if isinstance(given, list) else [] if given is None else [given])
 
 
 def _pair_cost(model: PreTrainedModel) -> float:

@@ -66,6 +66,7 @@ class LanguageModel:
         prompt_cache: int = 0,
     ) -> None:
         prepare(model)
+        self._model: Any = model
         self._head = LanguageModelHead(model)
         facts = facts_of(model, self._head.name, longest, batch_tokens)
         size = min(facts.vocabulary_size, self._head.size)
@@ -112,8 +113,22 @@ class LanguageModel:
             for sequence, own in zip(batch, values, strict=True)
         ]
 
+    def reference(self, sequence: ScoringInput) -> Captured:
+        """One sequence in transformers' own eager attention.
+
+        Raises:
+            EngineFailure: the model has no such attention.
+        """
+        whole = _written_out(sequence)
+        hidden, _ = self._passes.reference(self._model, sequence)
+        with torch.inference_mode():
+            following = torch.from_numpy(whole.following).to(hidden.device)
+            values = self._head.read(hidden[torch.from_numpy(whole.reads)], following).cpu().numpy()
+        return in_sum(sequence, _with_first(values, sequence), None)
+
     def close(self) -> None:
         """Drop the model and give its memory back."""
+        self._model = None
         self._passes.close()
         torch.cuda.empty_cache()
 

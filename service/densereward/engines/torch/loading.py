@@ -132,17 +132,19 @@ def _load(
 
 
 def _refuse_incomplete(source: str, report: dict[str, Any]) -> None:
-    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
-        _refuse(source, problem, report.get(problem), "such weights would be random and so would the rewards")
+    problems = {"missing_keys": "missing_weights", "mismatched_keys": "mismatched_weights", "error_msgs": "model_error"}
+    for problem, code in problems.items():
+        _refuse(source, problem, report.get(problem), "such weights would be random and so would the rewards", code)
     strangers = [name for name in report.get("unexpected_keys") or () if not _UNREAD.search(name)]
-    _refuse(source, "unexpected_keys", strangers, "the config is not that of these weights, or the family is another")
+    why = "the config is not that of these weights, or the family is another"
+    _refuse(source, "unexpected_keys", strangers, why, "unexpected_weights")
 
 
-def _refuse(source: str, problem: str, names: Iterable[object] | None, why: str) -> None:
+def _refuse(source: str, problem: str, names: Iterable[object] | None, why: str, code: str) -> None:
     if found := sorted(map(str, names or ())):
         shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
         what = f"{len(found)} {problem.replace('_', ' ')} while loading ({shown})"
-        raise ModelError(f"{source}: {what}; {why}", keys=found)
+        raise ModelError(f"{source}: {what}; {why}", code=code, keys=found)
 
 
 def max_length(config: PretrainedConfig, asked: int | None = None) -> int:

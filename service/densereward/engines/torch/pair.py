@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
-from densereward.capture import Captured, LogProbabilities, LogRatios, Need, ScoringInput
+from densereward.capture import Captured, LogProbabilities, LogRatios, Need, Prefixes, ScoringInput
 from densereward.engines.torch.language_model import LanguageModel, in_sum
 from densereward.errors import EngineFailure, ModelError
 
@@ -71,6 +71,19 @@ class Pair:
         for index, other in zip(compared, reference, strict=True):
             results[index] = _compared(batch[index], policy[index], other)
         return results
+
+    def reference(self, sequence: ScoringInput) -> Captured:
+        """One sequence in transformers' own eager attention, by both.
+
+        Raises:
+            EngineFailure: a model has no such attention.
+        """
+        policy, reference = (model.reference(sequence) for model in (self._policy, self._reference))
+        pairs = zip(policy.arrays, reference.arrays, strict=True)
+        prefixes = [Prefixes(0.0, one - two) for one, two in pairs if len(one) == sequence.response_length]
+        return Captured(
+            policy.reward - reference.reward, sequence.response_length, {"open": prefixes[0]} if prefixes else {}
+        )
 
     def close(self) -> None:
         """Drop both models."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -97,6 +97,27 @@ class Passes:
         strange |= {kind for kind in getattr(config, "layer_types", None) or () if kind.startswith("linear")}
         if strange:
             raise ModelError(f"{self._family} has layers of type {', '.join(sorted(strange))}, which cannot be packed")
+
+    def reference(self, model: Any, sequence: ScoringInput) -> tuple[Float[Tensor, "S E"], Float32[Tensor, "A S"]]:
+        """One sequence in transformers' own eager attention: hidden states, and each layer's row of the last token.
+
+        Raises:
+            EngineFailure: the model has no such attention, or gives no rows.
+        """
+        packed = model.config._attn_implementation
+        try:
+            model.set_attn_implementation("eager")
+            ids = torch.tensor([list(sequence.token_ids)], device=self._device)
+            with torch.inference_mode(), self.failures():
+                output = self.backbone(input_ids=ids, use_cache=False, output_attentions=True)
+        except (ValueError, TypeError) as error:
+            raise EngineFailure(f"transformers' eager attention cannot be had: {error}") from error
+        finally:
+            model.set_attn_implementation(packed)
+        if not output.attentions or any(each is None for each in output.attentions):
+            raise EngineFailure("transformers' eager attention gives no rows")
+        rows = torch.stack([each[0, :, sequence.scored_position].float().mean(dim=0) for each in output.attentions])
+        return output.last_hidden_state[0], rows
 
     def run(self, sequences: Sequence[WrittenOut]) -> list[Result]:
         """One pass for all, or for a sequence that is too long for one a pass for each piece.

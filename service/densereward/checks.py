@@ -1,0 +1,203 @@
+"""What is looked at before a model is served, and by `densereward check`: would its numbers be wrong?
+
+Each look has a name, by which `--allow` lets a failure pass. What a model cannot even be loaded with is a failure
+under the name of its error (`ModelError.error_code`) and cannot be allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from densereward.align import Aligner
+from densereward.capture import AttentionRow, Need, PrefixScores, ScoringInput
+from densereward.engines.base import TOLERANCE, Engine
+from densereward.errors import EngineFailure, ModelError
+from densereward.selfcheck import self_check
+
+__all__ = ["ALLOWABLE", "Finding", "drift", "examine", "refuse"]
+
+Status = Literal["ok", "warning", "fail", "allowed"]
+
+ALLOWABLE = ("vocabulary", "special_tokens", "template_tokens", "doubled_bos", "spread", "parity", "dtype_drift")
+
+_WRITTEN_TOKENS = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:bos|eos)>|<(?:start|end)_of_turn>|\[/?INST\]")
+_LEAST_KNOWN = 0.9
+"""Share of the model's rows that its tokenizer has tokens for; the rest is padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One look.
+
+    Attributes:
+        name: of the look.
+        status: what came of it.
+        text: what was seen.
+    """
+
+    name: str
+    status: Status
+    text: str
+
+
+def examine(engine: Engine, aligner: Aligner, allow: Sequence[str] = ()) -> Iterator[Finding]:
+    """Look at everything, one after the other.
+
+    Args:
+        engine: loaded.
+        aligner: its tokenizer and template.
+        allow: names of failures that are let pass.
+    """
+    for look in (_weights, _vocabulary, _special_tokens, _template, _closing, _numbers, _spread, _parity):
+        for finding in look(engine, aligner):
+            allowed = finding.status == "fail" and finding.name in allow
+            yield replace(finding, status="allowed") if allowed else finding
+
+
+def refuse(findings: Iterator[Finding]) -> list[Finding]:
+    """All findings, if a model may be served with them.
+
+    Raises:
+        ModelError: the first failure.
+    """
+    seen = []
+    for finding in findings:
+        if finding.status == "fail":
+            hint = f" (--allow {finding.name} serves it nevertheless)" if finding.name in ALLOWABLE else ""
+            raise ModelError(finding.text + hint, code=finding.name)
+        seen.append(finding)
+    return seen
+
+
+def _weights(engine: Engine, _: Aligner) -> Iterator[Finding]:
+    facts = engine.facts
+    what = f"{facts.family}, read by the head {facts.head}, {facts.dtype} on {facts.device}"
+    yield Finding("weights", "ok", f"all weights are there and none is left over: {what}")
+    if facts.notice is not None:
+        yield Finding("notice", "warning", facts.notice)
+
+
+def _vocabulary(engine: Engine, aligner: Aligner) -> Iterator[Finding]:
+    known, rows = aligner.vocabulary.size, engine.facts.vocabulary_size
+    text = f"the tokenizer has {known} tokens and the model rows for {rows}"
+    fits = _LEAST_KNOWN * rows <= known <= rows
+    yield Finding("vocabulary", "ok" if fits else "fail", text if fits else f"{text}; it is another model's tokenizer")
+
+
+def _special_tokens(engine: Engine, aligner: Aligner) -> Iterator[Finding]:
+    own = {"bos": aligner.vocabulary.bos_id, "eos": aligner.vocabulary.eos_id}
+    wrong = [
+        f"{name} is {own[name]} for the tokenizer and {sorted(ids)} for the model"
+        for name, ids in engine.facts.special_ids.items()
+        if ids and own[name] is not None and own[name] not in {*ids, *aligner.closing_ids}
+    ]
+    if wrong:
+        yield Finding("special_tokens", "fail", f"{'; '.join(wrong)}; is it this model's tokenizer?")
+    else:
+        yield Finding("special_tokens", "ok", "the tokenizer's BOS and EOS are the model's")
+
+
+def _template(engine: Engine, aligner: Aligner) -> Iterator[Finding]:  # noqa: ARG001  # one signature for all looks
+    if aligner.template is None:
+        yield Finding("template", "warning", "the model has no chat template: give `prompt`, not `messages`")
+        return
+    written = aligner.template.prompt([{"role": "user", "content": "question"}]) + aligner.template.closing
+    split = [
+        token
+        for token in dict.fromkeys(_WRITTEN_TOKENS.findall(written))
+        if len(aligner.vocabulary.encode(token).ids) != 1
+    ]
+    if split:
+        text = f"the template writes {', '.join(split)}, which the tokenizer does not know as one token each"
+        yield Finding("template_tokens", "fail", f"{text}; one of the two is another model's")
+    bos = aligner.vocabulary.bos_id
+    if bos is not None and aligner.vocabulary.encode(written).ids[:2] == [bos, bos]:
+        yield Finding("doubled_bos", "fail", "the template begins with two BOS tokens")
+    if aligner.template.strips:
+        yield Finding("template", "warning", "the template strips white space round an answer; responses keep theirs")
+    if not split:
+        yield Finding("template", "ok", f"fingerprint {aligner.template.fingerprint[:12]}")
+
+
+def _closing(engine: Engine, aligner: Aligner) -> Iterator[Finding]:
+    shown = "".join(map(aligner.vocabulary.token_text, aligner.closing_ids))
+    if engine.facts.unit != "sequence":
+        yield Finding("score_position", "ok", f"scores are read at each {engine.facts.unit} of a response")
+    elif shown:
+        yield Finding("score_position", "ok", f"the score is read at the last of the closing tokens {shown!r}")
+    else:
+        yield Finding("score_position", "warning", "nothing closes a response: the score is read at its last token")
+
+
+def _numbers(engine: Engine, _: Aligner) -> Iterator[Finding]:
+    try:
+        self_check(engine)
+    except ModelError as error:
+        yield Finding("numbers", "fail", error.message)
+        return
+    yield Finding("numbers", "ok", "finite, and the same alone, in a batch and beside any neighbour")
+
+
+def _spread(engine: Engine, _: Aligner) -> Iterator[Finding]:
+    rewards = np.array([each.reward for each in engine.forward(_sequences(engine))])
+    if float(rewards.std()) > 1e-6 * max(1.0, float(np.abs(rewards).max())):
+        yield Finding("spread", "ok", f"scores of made-up texts lie in [{rewards.min():.3g}, {rewards.max():.3g}]")
+    else:
+        yield Finding("spread", "fail", f"every text is scored {rewards[0]:.6g}; the head says nothing")
+
+
+def _parity(engine: Engine, _: Aligner) -> Iterator[Finding]:
+    """The same sequences by transformers' own eager attention, one by one."""
+    sequences = _sequences(engine)
+    compared: frozenset[Need] = frozenset([PrefixScores("open"), AttentionRow(-1)])
+    needs = compared & engine.provides
+    asked = [replace(each, needs=needs) for each in sequences]
+    try:
+        own = [engine.reference(each) for each in asked]
+    except EngineFailure as error:
+        yield Finding("parity", "warning", f"there is no reference to compare with: {error.message}")
+        return
+    here = engine.forward(asked)
+    moved = max(
+        float(np.abs(mine - other).max(initial=0)) / max(1.0, float(np.abs(other).max(initial=0)))
+        for one, two in zip(here, own, strict=True)
+        for mine, other in zip(
+            [np.array([one.reward]), *one.arrays], [np.array([two.reward]), *two.arrays], strict=True
+        )
+    )
+    limit = TOLERANCE[engine.facts.dtype]
+    text = f"scores, prefix scores and attention differ by at most {moved:.1g} from transformers' eager attention"
+    yield Finding("parity", "ok" if moved <= limit else "fail", f"{text}; {limit:g} is allowed")
+
+
+def drift(engine: Engine, exact: Engine) -> Finding:
+    """How far the dtype moves scores.
+
+    Args:
+        engine: as it is to be served.
+        exact: the same model in float32.
+    """
+    sequences = _sequences(engine)
+    here, there = (np.array([each.reward for each in model.forward(sequences)]) for model in (engine, exact))
+    moved, largest = float(np.abs(here - there).max()), max(1.0, float(np.abs(there).max()))
+    limit = TOLERANCE[engine.facts.dtype]
+    text = f"{engine.facts.dtype} moves scores of up to {largest:.3g} by {moved:.2g}"
+    status: Status = "ok" if moved <= limit * largest else "fail"
+    return Finding("dtype_drift", status, f"{text}; {limit:g} of the largest is allowed")
+
+
+def _sequences(engine: Engine) -> list[ScoringInput]:
+    """Some made-up texts of one length or another."""
+    generator = np.random.default_rng(2)
+    longest = min(48, engine.facts.max_length)
+    lengths = [max(length, 4) for length in (longest // 4, longest // 2, longest)]
+    ids = [generator.integers(0, engine.facts.vocabulary_size, length).tolist() for length in lengths]
+    steps = engine.facts.unit != "sequence"
+    return [
+        ScoringInput(each, 2, len(each) - 2, len(each) - 1, steps=range(2, len(each)) if steps else ()) for each in ids
+    ]

@@ -1,0 +1,89 @@
+"""`densereward check`: would this model's numbers be wrong? The looks that `serve` takes at its start, and some more.
+
+Exits with 1 where the model would not be served.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from pydantic import Field, model_validator
+from rich.console import Console
+from rich.markup import escape
+
+from densereward.budget import measure_budget
+from densereward.checks import Finding, drift, examine
+from densereward.commands import FLAGS
+from densereward.engines.base import Engine
+from densereward.errors import ModelError
+from densereward.service import load_unchecked
+from densereward.settings import ModelSettings
+
+__all__ = ["Check"]
+
+_MARKS = {
+    "ok": "[green]ok[/]",
+    "warning": "[yellow]warning[/]",
+    "allowed": "[yellow]allowed[/]",
+    "fail": "[red]FAIL[/]",
+}
+
+
+class Check(ModelSettings, cli_prog_name="densereward check", **FLAGS):
+    """Look at a model before it is served: weights, tokenizer, template, numbers, speed."""
+
+    json_: bool = Field(False, alias="json", description="One JSON object instead of text.")
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Check:
+        if len(self.model) > 1 or self.pair is not None:
+            raise ValueError("models are checked one by one: give --model once")
+        return self
+
+    def cli_cmd(self) -> None:
+        """Look, tell, and exit with 1 if the model would not be served."""
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        findings = list(self._findings() if self.json_ else map(_told, self._findings()))
+        failed = [each.name for each in findings if each.status == "fail"]
+        if self.json_:
+            source = next(iter(self.sources.values()))
+            report = {"model": source, "served": not failed, "findings": [asdict(each) for each in findings]}
+            print(json.dumps(report, ensure_ascii=False, indent=1))  # noqa: T201
+        if failed:
+            sys.exit(1)
+
+    def _findings(self) -> Iterator[Finding]:
+        try:
+            engine, aligner = load_unchecked(self)
+        except ModelError as error:
+            yield Finding(error.error_code, "fail", error.message)
+            return
+        yield from examine(engine, aligner, self.allow)
+        if engine.facts.dtype != "float32":
+            exact, _ = load_unchecked(self.model_copy(update={"dtype": "float32"}))
+            finding = drift(engine, exact)
+            exact.close()
+            yield finding if finding.name not in self.allow else Finding(finding.name, "allowed", finding.text)
+        yield _speed(engine)
+        engine.close()
+
+
+def _speed(engine: Engine) -> Finding:
+    """What a pass holds, as the server would measure it."""
+    started = time.perf_counter()
+    budget = measure_budget(engine)
+    seconds = time.perf_counter() - started
+    return Finding("speed", "ok", f"a pass holds {budget} tokens on {engine.facts.device}, measured in {seconds:.1f} s")
+
+
+def _told(finding: Finding) -> Finding:
+    Console(highlight=False, soft_wrap=True).print(
+        f"{_MARKS[finding.status]:<24} {finding.name:<16} {escape(finding.text)}"
+    )
+    return finding
