@@ -177,6 +177,28 @@ def test_a_sample_that_cannot_be_served_is_refused_with_its_code(sample: dict[st
     assert refused.value.status == 422
 
 
+def test_a_prompt_that_is_too_long_loses_its_beginning_where_that_is_asked_for() -> None:
+    reader = Aligner(tiny.make_tokenizer(), max_length=10, vocabulary_size=320)
+    sample = Sample(prompt_token_ids=list(range(20, 28)), response_token_ids=[7, 8, 9])
+    aligned = reader.align(sample, truncate=True)
+    assert list(aligned.sequence.token_ids) == [23, 24, 25, 26, 27, 7, 8, 9, END, NEWLINE]
+    assert (aligned.dropped, aligned.sequence.prompt_length, aligned.sequence.response_length) == (3, 5, 3)
+    assert aligned.warnings == ["truncated: the prompt lost its first 3 tokens"]
+    with_bos = Sample(prompt_token_ids=[BOS, *range(20, 27)], response_token_ids=[7, 8, 9])
+    kept = reader.align(with_bos, truncate=True)
+    assert list(kept.sequence.token_ids)[:3] == [BOS, 23, 24]
+    assert kept.warnings == ["truncated: the prompt lost its first 3 tokens after the BOS"]
+    short = reader.align(Sample(prompt_token_ids=[5], response_token_ids=[7]), truncate=True)
+    assert (short.dropped, short.warnings) == (0, [])
+
+
+@pytest.mark.parametrize("prompt", [[], [5], [BOS, 5]])
+def test_a_response_that_is_too_long_is_refused_whatever_its_prompt_could_lose(prompt: list[int]) -> None:
+    reader = Aligner(tiny.make_tokenizer(), max_length=10, vocabulary_size=320)
+    with pytest.raises(TooLong):
+        reader.align(Sample(prompt_token_ids=prompt, response_token_ids=[7] * 9), truncate=True)
+
+
 def test_the_longest_sequence_that_fits_is_served_closing_tokens_included() -> None:
     reader = aligner(max_length=10)
     assert len(align(reader, prompt_token_ids=[5] * 4, response_token_ids=[6] * 4).sequence.token_ids) == 10

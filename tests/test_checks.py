@@ -262,3 +262,13 @@ def test_it_is_readable_without_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(line.startswith("ok ") for line in lines)
     assert any("scores of made-up texts lie in [" in line for line in lines)
     shutil.rmtree(tmp_path / "model")
+
+
+def test_a_template_from_a_file_takes_the_place_of_the_models_own(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    template("{{ messages[7]['content'].no }}")(folder)
+    (tmp_path / "chat.jinja").write_text(tiny.CHATML)
+    settings = ModelSettings(model=[str(folder)], device="cpu", chat_template=tmp_path / "chat.jinja")
+    _, aligner = load(settings)
+    assert aligner.template is not None
+    assert aligner.template.closing == "<|im_end|>\n"

@@ -28,6 +28,7 @@ Methods = Sequence[str | MethodRequest | Mapping[str, Any]]
 Model = str | Sequence[str]
 EnsembleOptions = Ensemble | Mapping[str, Any]
 OnError = Literal["request", "item"]
+Truncate = Literal["prompt_left"]
 EncodingFormat = Literal["float", "base64"]
 Answer = TypeVar("Answer")
 _Request = TypeVar("_Request", bound=BaseModel)
@@ -61,6 +62,7 @@ def token_rewards_call(
     model: Model | None,
     ensemble: EnsembleOptions | None,
     on_error: OnError,
+    truncate: Truncate | None,
     encoding_format: EncodingFormat,
 ) -> Call[TokenRewardsResponse]:
     """POST /token_rewards."""
@@ -72,6 +74,7 @@ def token_rewards_call(
         methods=methods,
         include=include,
         on_error=on_error,
+        truncate=truncate,
         encoding_format=encoding_format,
     )
     return _post("/token_rewards", request, TokenRewardsResponse, check_token_rewards, encoding_format)
@@ -82,10 +85,13 @@ def rewards_call(
     model: Model | None,
     ensemble: EnsembleOptions | None,
     on_error: OnError,
+    truncate: Truncate | None,
     encoding_format: EncodingFormat,
 ) -> Call[RewardsResponse]:
     """POST /rewards."""
-    request = _request(RewardsRequest, model=model, ensemble=ensemble, samples=samples, on_error=on_error)
+    request = _request(
+        RewardsRequest, model=model, ensemble=ensemble, samples=samples, on_error=on_error, truncate=truncate
+    )
     return _post("/rewards", request, RewardsResponse, check_rewards, encoding_format)
 
 

@@ -25,6 +25,7 @@ from ._call import (
     Model,
     OnError,
     Samples,
+    Truncate,
     models_call,
     ready_call,
     rewards_call,
@@ -68,6 +69,7 @@ class Client:
         model: Model | None = None,
         ensemble: EnsembleOptions | None = None,
         on_error: OnError = "request",
+        truncate: Truncate | None = None,
         encoding_format: EncodingFormat = "base64",
     ) -> TokenRewardsResponse:
         """Rewards every token of every sample: `answer.data[i].token_rewards[method]` is float32[T_i].
@@ -83,6 +85,7 @@ class Client:
             model: One of `models()`, the server's first by default; several answer as an ensemble.
             ensemble: How several become one, as in `wire.Ensemble`; their mean by default.
             on_error: "request" raises for a bad sample; "item" gives that sample an `error` and serves the rest.
+            truncate: "prompt_left" shortens prompts that are too long from their beginning, and says so.
             encoding_format: How arrays travel. "base64" is smaller and quicker; the numbers are the same. Of what is
                 sent, that goes for lists of 64 entries and more.
 
@@ -90,7 +93,9 @@ class Client:
             pydantic.ValidationError: The request is wrong; nothing was sent.
             DenseRewardError: One of its kinds, by what went wrong.
         """
-        return self._send(token_rewards_call(samples, methods, include, model, ensemble, on_error, encoding_format))
+        return self._send(
+            token_rewards_call(samples, methods, include, model, ensemble, on_error, truncate, encoding_format)
+        )
 
     def rewards(
         self,
@@ -99,10 +104,11 @@ class Client:
         model: Model | None = None,
         ensemble: EnsembleOptions | None = None,
         on_error: OnError = "request",
+        truncate: Truncate | None = None,
         encoding_format: EncodingFormat = "base64",
     ) -> RewardsResponse:
         """One reward a sample, `answer.data[i].reward`. Arguments and errors are those of `token_rewards`."""
-        return self._send(rewards_call(samples, model, ensemble, on_error, encoding_format))
+        return self._send(rewards_call(samples, model, ensemble, on_error, truncate, encoding_format))
 
     def models(self) -> ModelList:
         """The models that are loaded, and the methods each of them can serve."""
@@ -171,11 +177,12 @@ class AsyncClient:
         model: Model | None = None,
         ensemble: EnsembleOptions | None = None,
         on_error: OnError = "request",
+        truncate: Truncate | None = None,
         encoding_format: EncodingFormat = "base64",
     ) -> TokenRewardsResponse:
         """As `Client.token_rewards`."""
         return await self._send(
-            token_rewards_call(samples, methods, include, model, ensemble, on_error, encoding_format)
+            token_rewards_call(samples, methods, include, model, ensemble, on_error, truncate, encoding_format)
         )
 
     async def rewards(
@@ -185,10 +192,11 @@ class AsyncClient:
         model: Model | None = None,
         ensemble: EnsembleOptions | None = None,
         on_error: OnError = "request",
+        truncate: Truncate | None = None,
         encoding_format: EncodingFormat = "base64",
     ) -> RewardsResponse:
         """As `Client.rewards`."""
-        return await self._send(rewards_call(samples, model, ensemble, on_error, encoding_format))
+        return await self._send(rewards_call(samples, model, ensemble, on_error, truncate, encoding_format))
 
     async def models(self) -> ModelList:
         """As `Client.models`."""

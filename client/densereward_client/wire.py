@@ -185,6 +185,11 @@ class RewardsRequest(_Request):
     on_error: Literal["request", "item"] = Field(
         "request", description="item: a bad sample becomes an error item and the rest are served."
     )
+    truncate: Literal["prompt_left"] | None = Field(
+        None,
+        description="prompt_left: what is too long loses tokens at its prompt's beginning, but for a BOS, and the item "
+        "says how many; the response is never touched. By default what is too long is refused.",
+    )
 
 
 class TokenRewardsRequest(RewardsRequest):
@@ -224,6 +229,9 @@ class _Item(_Answer):
     id: str | None = None
     error: Error | None = Field(None, description="Only with on_error=item: this sample was not served.")
     warnings: list[str] = Field(default_factory=list, description="`code: message` each.")
+    truncated_prompt_tokens: int | None = Field(
+        None, description="Only with `truncate`, where the sample was too long: how many tokens its prompt lost."
+    )
 
 
 class SampleReward(_Item):

@@ -36,6 +36,7 @@ class Aligned:
         spans: [start, end) of the reward model's tokens in the response's bytes; None where they cannot be known.
         warnings: `code: message` each.
         variants: per method of the request, what else it needs to be scored.
+        dropped: tokens that the prompt lost at its beginning.
     """
 
     sequence: ScoringInput
@@ -44,6 +45,7 @@ class Aligned:
     spans: list[Span] | None
     warnings: list[str]
     variants: Sequence[Sequence[ScoringInput]] = ()
+    dropped: int = 0
 
 
 @dataclass(slots=True)
@@ -118,8 +120,10 @@ class Aligner:
         bos = self.vocabulary.bos_id
         return [bos] if self._always_bos and bos is not None else self.vocabulary.prefix_ids
 
-    def align(self, sample: Sample, needs: frozenset[Need] = frozenset()) -> Aligned:
+    def align(self, sample: Sample, needs: frozenset[Need] = frozenset(), *, truncate: bool = False) -> Aligned:
         """Read one sample, for an engine that must keep `needs` of it.
+
+        With `truncate`, a prompt loses as many tokens at its beginning as the sequence is too long, but for a BOS.
 
         Raises:
             InvalidRequest: a field, a length or an id that cannot be served.
@@ -129,18 +133,10 @@ class Aligner:
             self._check_vocabulary(sample.response_token_ids or [])
             sample = self._steps.as_text(sample)
         text = self._tokenize(sample)
-        closing = missing_closing(text.response_ids, self.closing_ids) if sample.finished else []
-        token_ids = [*text.prompt_ids, *text.response_ids, *closing]
-        self._check_vocabulary(token_ids)
-        sequence = ScoringInput(
-            token_ids=token_ids,
-            prompt_length=len(text.prompt_ids),
-            response_length=len(text.response_ids),
-            scored_position=len(token_ids) - 1,
-            closing_ids=self.closing_ids,
-            needs=needs,
-            steps=[len(text.prompt_ids) + stop - 1 for stop in text.steps],
-        )
+        sequence = self._sequence(sample, text, needs)
+        dropped = self._shortened(text, sequence.longest - self.max_length) if truncate else 0
+        if dropped:
+            sequence = self._sequence(sample, text, needs)
         if self._needs_prompt and not sequence.prompt_length:
             raise InvalidRequest(
                 "a language model gives the first token of all no probability; give a prompt", code="empty_prompt"
@@ -149,7 +145,31 @@ class Aligner:
             raise InvalidRequest("this model scores tokens, and the response holds none", code="empty_response")
         self.check_length(sequence)
         slots = _slots(sample, len(text.response_ids))
-        return Aligned(sequence, slots, self._response(sample, text, slots), text.spans, text.warnings)
+        response = self._response(sample, text, slots)
+        return Aligned(sequence, slots, response, text.spans, text.warnings, dropped=dropped)
+
+    def _sequence(self, sample: Sample, text: _Text, needs: frozenset[Need]) -> ScoringInput:
+        closing = missing_closing(text.response_ids, self.closing_ids) if sample.finished else []
+        token_ids = [*text.prompt_ids, *text.response_ids, *closing]
+        self._check_vocabulary(token_ids)
+        return ScoringInput(
+            token_ids=token_ids,
+            prompt_length=len(text.prompt_ids),
+            response_length=len(text.response_ids),
+            scored_position=len(token_ids) - 1,
+            closing_ids=self.closing_ids,
+            needs=needs,
+            steps=[len(text.prompt_ids) + stop - 1 for stop in text.steps],
+        )
+
+    def _shortened(self, text: _Text, beyond: int) -> int:
+        """Take the tokens that are too many from the prompt's beginning, if it has as many; how many those were."""
+        kept = int(self.vocabulary.bos_id is not None and text.prompt_ids[:1] == [self.vocabulary.bos_id])
+        if not 0 < beyond < len(text.prompt_ids) - kept:
+            return 0
+        del text.prompt_ids[kept : kept + beyond]
+        text.warnings.append(f"truncated: the prompt lost its first {beyond} tokens{' after the BOS' if kept else ''}")
+        return beyond
 
     def instructed(self, sample: Sample, sequence: ScoringInput, instruction: str) -> ScoringInput:
         """An aligned sample whose prompt begins with an instruction.

@@ -64,7 +64,8 @@ def error_item(index: int, error: DenseRewardError) -> dict[str, Any]:
 
 def reward_item(index: int, sample: Sample, aligned: Aligned, captured: Captured) -> dict[str, Any]:
     """A sample's sequence reward."""
-    return {"index": index, "id": sample.id, "reward": captured.reward, "warnings": list(aligned.warnings)}
+    item = {"index": index, "id": sample.id, "reward": captured.reward, "warnings": list(aligned.warnings)}
+    return item | ({"truncated_prompt_tokens": aligned.dropped} if aligned.dropped else {})
 
 
 def token_rewards_item(

@@ -207,7 +207,7 @@ class Pipeline:
         tokens = 0
         for index, sample in enumerate(samples):
             try:
-                part = self._align_one(sample, plans, needs)
+                part = self._align_one(sample, plans, needs, truncate=request.truncate is not None)
             except DenseRewardError as error:
                 aligned.append(_in_its_place(error, index, sample, request))
                 continue
@@ -216,10 +216,12 @@ class Pipeline:
             self._check_variants(index + 1, tokens)
         return aligned
 
-    def _align_one(self, sample: Sample | DenseRewardError, plans: Sequence[Plan], needs: frozenset[Need]) -> Aligned:
+    def _align_one(
+        self, sample: Sample | DenseRewardError, plans: Sequence[Plan], needs: frozenset[Need], *, truncate: bool
+    ) -> Aligned:
         if isinstance(sample, DenseRewardError):
             raise sample
-        aligned = self._aligner.align(sample, needs)
+        aligned = self._aligner.align(sample, needs, truncate=truncate)
         for each in plans:
             each.method.check(aligned.response)
         boundaries = boundaries_of(plans, aligned.response)

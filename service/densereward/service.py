@@ -84,7 +84,10 @@ def _load(settings: ModelSettings, source: str) -> tuple[Engine, Aligner]:
         prompt_cache=settings.prompt_cache_bytes,
         separator=settings.step_separator,
     )
-    return engine, _aligner(_tokenizer(source, settings.revision), engine)
+    tokenizer = _tokenizer(source, settings.revision)
+    if settings.chat_template is not None:
+        tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
+    return engine, _aligner(tokenizer, engine)
 
 
 def load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
@@ -153,7 +156,7 @@ def _aligner(tokenizer: object, engine: Engine) -> Aligner:
     )
 
 
-def _tokenizer(source: str, revision: str | None) -> object:
+def _tokenizer(source: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:

@@ -12,7 +12,16 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr, field_validator, model_validator
+from pydantic import (
+    Field,
+    FilePath,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -66,6 +75,9 @@ class ModelSettings(BaseSettings):
     )
     allow: Annotated[list[str], NoDecode] = Field(
         [], description="Findings of `densereward check` with which a model is served nevertheless, by their names."
+    )
+    chat_template: FilePath | None = Field(
+        None, description="File with the chat template that takes the place of the reward models' own."
     )
     max_length: PositiveInt | None = Field(
         None, description="Tokens in the longest sequence served; by default what the model's config gives."

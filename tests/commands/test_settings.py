@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -62,15 +63,16 @@ def test_the_environment_wins_over_the_file_and_flags_over_both(
 def test_every_knob_can_be_set_from_the_environment(
     run: Run, seen: list[ModelSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = {
+    values: dict[str, Any] = {
         "model": ["m"], "ensemble": [], "revision": "r", "model_name": "n", "pair": "policy=p",
-        "step_separator": "s", "allow": [], "device": "cpu",
+        "step_separator": "s", "allow": [], "chat_template": None, "device": "cpu",
         "dtype": "float16", "max_length": 1,
         "max_batch_tokens": 2, "prompt_cache_bytes": 17, "max_queue_tokens": 3, "host": "h", "port": 4,
         "api_key": "k", "max_body_bytes": 5, "max_samples": 6, "request_timeout": 7.5,
         "drain_timeout": 8.5, "log_level": "error",
     }  # fmt: skip
     assert values.keys() == Serve.model_fields.keys()
+    values |= {"chat_template": Path(__file__)}
     for name, value in values.items():
         monkeypatch.setenv(f"DENSEREWARD_{name.upper()}", ",".join(value) if isinstance(value, list) else str(value))
     settings = _serve(run, seen)

@@ -211,3 +211,19 @@ def test_openapi_accepts_what_the_server_accepts_and_answers(openapi: Json, api:
     assert not valid("TokenRewardsRequest", request | {"methodz": []})
     assert valid("TokenRewardsResponse", api.answer(**request))
     assert valid("ErrorBody", api.post([]).json())
+
+
+def test_a_prompt_that_is_too_long_is_shortened_only_when_asked_and_told(api: Api) -> None:
+    ids = [10 + i % 7 for i in range(3000)]
+    sample = {"prompt_token_ids": ids, "response_token_ids": [10, 11, 12]}
+    assert api.refusal([sample])[1]["code"] == "too_long"
+    item = api.item(sample, truncate="prompt_left", methods=["red"])
+    dropped = item["truncated_prompt_tokens"]
+    assert dropped == 3000 + 3 + 2 - 2048
+    same = api.item(sample | {"prompt_token_ids": ids[dropped:]}, methods=["red"])
+    assert item["reward"] == pytest.approx(same["reward"], abs=1e-5)
+    assert item["token_rewards"]["red"] == pytest.approx(same["token_rewards"]["red"], abs=1e-5)
+    assert item["warnings"] == [f"truncated: the prompt lost its first {dropped} tokens"]
+    assert "truncated_prompt_tokens" not in same
+    assert api.item(sample, "/rewards", truncate="prompt_left")["truncated_prompt_tokens"] == dropped
+    assert api.refusal([sample], truncate="response_right")[1]["code"] == "invalid_request"
