@@ -84,7 +84,14 @@ def _load(settings: ModelSettings, source: str) -> tuple[Engine, Aligner]:
         prompt_cache=settings.prompt_cache_bytes,
         separator=settings.step_separator,
     )
-    tokenizer = _tokenizer(source, settings.revision)
+    from densereward.engines.torch.adapters import base_of
+
+    try:
+        tokenizer = _tokenizer(source, settings.revision)
+    except ModelError:
+        if (base := base_of(source, settings.revision)) == source:
+            raise
+        tokenizer = _tokenizer(base, None)
     if settings.chat_template is not None:
         tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
     return engine, _aligner(tokenizer, engine)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from densereward.engines.torch import attention
+from densereward.engines.torch.adapters import adapter_of, merged, saved_modules
 from densereward.engines.torch.weights import weight_shapes
 from densereward.errors import ModelError
 from densereward.heads import head_for
@@ -65,6 +66,8 @@ def load_scorer(
     Raises:
         ModelError: no such model, one of no known family, or weights that its files do not hold.
     """
+    if (adapter := adapter_of(source, revision)) is not None:
+        return _load_adapter(source, revision, adapter, device, dtype)
     config = _config(source, revision)
     checkpoint = Checkpoint(config, weight_shapes(source, revision))
     try:
@@ -77,6 +80,30 @@ def load_scorer(
         return model, kind(model)
     except ModelError as error:
         raise ModelError(f"{source}: {error.message}") from error
+
+
+def _load_adapter(
+    source: str, revision: str | None, adapter: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, ScoreHead]:
+    """A LoRA adapter on its base, which need not have a score head if the adapter brings one."""
+    base = str(adapter["base_model_name_or_path"])
+    brought = saved_modules(source, revision)
+    config = _config(base, None)
+    outputs = {shape[0] for name, shape in brought.items() if re.search(r"(^|\.)(score|classifier)\.weight$", name)}
+    if outputs:
+        config.num_labels = outputs.pop()
+    suffix = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}[adapter["task_type"]]
+    config.architectures = [suffix]
+    checkpoint = Checkpoint(config)
+    try:
+        kind = head_for(checkpoint)
+        cpu = torch.device("cpu")
+        model = _load(kind.model_class(checkpoint), base, None, config, cpu, torch.float32, supplied=brought)
+        whole = merged(model, source, revision).to(device=device, dtype=dtype).eval()
+        return whole, kind(whole)
+    except ModelError as error:
+        message = error.message.removeprefix(f"{source}: ")
+        raise ModelError(f"{source}: {message}", code=error.error_code, **error.details) from error
 
 
 def load_language_model(source: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -109,6 +136,7 @@ def _load(
     device: torch.device,
     dtype: torch.dtype,
     renamed: dict[str, str] | None = None,
+    supplied: Collection[str] = (),
 ) -> PreTrainedModel:
     attention.register()
     try:
@@ -126,6 +154,7 @@ def _load(
         own = isinstance(error, KeyError) and error.args == (attention.IMPLEMENTATION,)
         why = "its attention is code of its own, which cannot be packed" if own else error
         raise ModelError(f"cannot load {source}: {why}") from error
+    report["missing_keys"] = [name for name in report.get("missing_keys") or () if name not in supplied]
     _refuse_incomplete(source, report)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
