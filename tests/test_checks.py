@@ -17,8 +17,8 @@ import tiny
 from densereward.checks import ALLOWABLE, examine, refuse
 from densereward.cli import main
 from densereward.errors import ModelError
-from densereward.service import load, load_unchecked
 from densereward.settings import ModelSettings
+from densereward.startup import load, load_unchecked
 
 Plant = Callable[[Path], Any]
 Change = Callable[[dict[str, torch.Tensor]], Any]

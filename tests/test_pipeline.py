@@ -22,8 +22,8 @@ from densereward.engines.base import Engine
 from densereward.errors import DenseRewardError, InvalidRequest
 from densereward.metrics import Metrics
 from densereward.pipeline import Pipeline, answer_to
-from densereward.service import load
 from densereward.settings import ModelSettings
+from densereward.startup import load
 from densereward_client.wire import TokenRewardsRequest, TokenRewardsResponse
 from serving import NOT_BY_A_SCORE
 

@@ -12,8 +12,8 @@ import reference
 from densereward.capture import AttentionRow, Need, PrefixScores
 from densereward.default_model import ensure_default_model
 from densereward.default_model.scoring import Scorer
-from densereward.service import load
 from densereward.settings import ModelSettings
+from densereward.startup import load
 from densereward_client.wire import Sample
 
 TEXTS = ["The food was great, but the music was awful.", "Ok", "Rain again: 東京 😀", " ".join(["a long day"] * 40)]

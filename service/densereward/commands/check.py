@@ -20,8 +20,8 @@ from densereward.checks import Finding, drift, examine
 from densereward.commands import FLAGS
 from densereward.engines.base import Engine
 from densereward.errors import ModelError
-from densereward.service import load_unchecked
 from densereward.settings import ModelSettings
+from densereward.startup import load_unchecked
 
 __all__ = ["Check"]
 

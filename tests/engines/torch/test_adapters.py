@@ -17,8 +17,8 @@ from densereward.capture import PrefixScores, ScoringInput, StepScores
 from densereward.checks import examine, refuse
 from densereward.engines.torch.engine import TorchEngine
 from densereward.errors import ModelError
-from densereward.service import load_unchecked
 from densereward.settings import ModelSettings
+from densereward.startup import load_unchecked
 
 IDS = [5 + i * 7 % 300 for i in range(40)]
 KINDS = {"SEQ_CLS": (AutoModelForSequenceClassification, 1), "TOKEN_CLS": (AutoModelForTokenClassification, 2)}

@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from transformers.utils.hub import cached_file
-
+from densereward.engines.torch.weights import find_file, shapes_in
 from densereward.errors import ModelError
 
 __all__ = ["adapter_of", "base_of", "merged", "saved_modules"]
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_WRAPPED = "base_model.model."
 _TASKS = ("SEQ_CLS", "TOKEN_CLS")
 
 
@@ -24,9 +23,9 @@ def adapter_of(source: str, revision: str | None = None) -> dict[str, Any] | Non
     Raises:
         ModelError: an adapter that cannot be merged into a reward model.
     """
-    if _find(source, revision, _CONFIG) is None or _find(source, revision, "config.json") is not None:
+    if find_file(source, revision, _CONFIG) is None or find_file(source, revision, "config.json") is not None:
         return None
-    written: dict[str, Any] = json.loads(Path(str(_find(source, revision, _CONFIG))).read_text(encoding="utf-8"))
+    written: dict[str, Any] = json.loads(Path(str(find_file(source, revision, _CONFIG))).read_text(encoding="utf-8"))
     if written.get("peft_type") != "LORA":
         raise ModelError(f"{source} is an adapter of type {written.get('peft_type')}; only LORA is merged")
     if written.get("task_type") not in _TASKS:
@@ -51,7 +50,10 @@ def saved_modules(source: str, revision: str | None) -> dict[str, tuple[int, ...
     Raises:
         ModelError: the adapter has no safetensors.
     """
-    shapes = _shapes(source, revision)
+    path = find_file(source, revision, _WEIGHTS)
+    if path is None:
+        raise ModelError(f"{source} has no {_WEIGHTS}")
+    shapes = {name.removeprefix(_WRAPPED): shape for name, shape in shapes_in(path).items()}
     return {name: shape for name, shape in shapes.items() if ".lora_" not in name}
 
 
@@ -80,25 +82,3 @@ def merged(model: Any, source: str, revision: str | None) -> Any:
             keys=problems,
         )
     return wrapped.merge_and_unload(safe_merge=True)
-
-
-def _shapes(source: str, revision: str | None) -> dict[str, tuple[int, ...]]:
-    path = _find(source, revision, _WEIGHTS)
-    if path is None:
-        raise ModelError(f"{source} has no {_WEIGHTS}")
-    with safe_open(path, framework="pt") as file:
-        return {
-            key.removeprefix("base_model.model."): tuple(file.get_slice(key).get_shape())
-            for key in file.keys()  # noqa: SIM118
-        }
-
-
-def _find(source: str, revision: str | None, name: str) -> str | None:
-    path: str | None = cached_file(
-        source,
-        name,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return path

@@ -10,7 +10,7 @@ from transformers.utils.hub import cached_file
 
 from densereward.errors import ModelError
 
-__all__ = ["weight_shapes"]
+__all__ = ["find_file", "shapes_in", "weight_shapes"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -24,25 +24,35 @@ def weight_shapes(source: str, revision: str | None = None) -> dict[str, tuple[i
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name in _files(source, revision):
-        path = _find(source, revision, name)
+        path = find_file(source, revision, name)
         if path is None:
             raise ModelError(f"cannot load {source}: the index names {name}, which is not there")
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        except Exception as error:  # a damaged file can break the reader in any way
-            raise ModelError(f"cannot load {source}: {name}: {error}") from error
+        shapes |= shapes_in(path)
     return shapes
 
 
+def shapes_in(path: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights in one file, by name.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:  # a damaged file can break the reader in any way
+        raise ModelError(f"cannot load {Path(path).parent}: {Path(path).name}: {error}") from error
+
+
 def _files(source: str, revision: str | None) -> list[str]:
-    index = _find(source, revision, _INDEX)
+    index = find_file(source, revision, _INDEX)
     if index is None:
-        return [_SINGLE] if _find(source, revision, _SINGLE) else []
+        return [_SINGLE] if find_file(source, revision, _SINGLE) else []
     return sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
 
 
-def _find(source: str, revision: str | None, name: str) -> str | None:
+def find_file(source: str, revision: str | None, name: str) -> str | None:
+    """Where a file of a folder or a hub repository is; None where there is none."""
     path: str | None = cached_file(
         source,
         name,
