@@ -52,12 +52,19 @@ def _files(source: str, revision: str | None) -> list[str]:
 
 
 def find_file(source: str, revision: str | None, name: str) -> str | None:
-    """Where a file of a folder or a hub repository is; None where there is none."""
-    path: str | None = cached_file(
-        source,
-        name,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    """Where a file of a folder or a hub repository is; None where there is none.
+
+    Raises:
+        ModelError: there is no such folder or repository.
+    """
+    try:
+        path: str | None = cached_file(
+            source,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except Exception as error:  # a name, a network or a disk can be wrong in any way
+        raise ModelError(f"cannot load {source}: {error}") from error
     return path
