@@ -69,6 +69,7 @@ class Aligner:
         needs_prompt: whether an empty prompt is refused.
         unit: what the model scores.
         cut, separator: how steps are written, where that is what it scores.
+        gate: what prompts must end with, for a model that reads where that begins.
 
     Raises:
         ModelError: the tokenizer or its template cannot be used.
@@ -84,6 +85,7 @@ class Aligner:
         unit: str = "sequence",
         cut: str | None = None,
         separator: str | None = None,
+        gate: str | None = None,
     ) -> None:
         self.vocabulary = Vocabulary(tokenizer)
         self.template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
@@ -91,6 +93,7 @@ class Aligner:
         self._vocabulary_size = vocabulary_size
         self._needs_prompt = needs_prompt
         self._unit = unit
+        self._gate = [] if gate is None else self.vocabulary.encode(gate).ids
         if self.template is None:
             self.closing_ids = self.vocabulary.suffix_ids
         else:
@@ -160,7 +163,20 @@ class Aligner:
             closing_ids=self.closing_ids,
             needs=needs,
             steps=[len(text.prompt_ids) + stop - 1 for stop in text.steps],
+            gate=self._gate_in(text.prompt_ids),
         )
+
+    def _gate_in(self, prompt_ids: list[int]) -> int:
+        """Where the prompt's end begins at which the model reads what the prompt is about."""
+        size = len(self._gate)
+        if size and prompt_ids[-size:] != self._gate:
+            end = self.vocabulary.bytes_of(self._gate).decode(errors="replace")
+            raise InvalidRequest(
+                f"this model weighs its objectives where a prompt ends with {end!r}, and this one does not; give "
+                "`messages`",
+                code="no_gate",
+            )
+        return len(prompt_ids) - size if size else 0
 
     def _shortened(self, text: _Text, beyond: int) -> int:
         """Take the tokens that are too many from the prompt's beginning, if it has as many; how many those were."""

@@ -136,7 +136,8 @@ class ScoringInput:
     `closing_ids` are all the closing tokens of the model, for closed prefixes; how many of them end this sequence is a
     matter of its own. Closed prefixes are scored before the response and after each of its tokens, or only after
     the numbers of tokens that `boundaries` lists, in order, the whole response among them. `steps` are the positions
-    at which a model that judges steps, or single tokens, is read.
+    at which a model that judges steps, or single tokens, is read; `gate` is where one that weighs objectives by the
+    prompt reads that.
     """
 
     token_ids: Sequence[int]
@@ -147,6 +148,7 @@ class ScoringInput:
     needs: frozenset[Need] = frozenset()
     boundaries: Sequence[int] | None = None
     steps: Sequence[int] = ()
+    gate: int = 0
 
     @property
     def response_stop(self) -> int:
@@ -186,7 +188,7 @@ class ScoringInput:
         """Another response to the same prompt, of which only the score is needed."""
         closing = missing_closing(ids, self.closing_ids) if finished else []
         token_ids = [*self.token_ids[: self.prompt_length], *ids, *closing]
-        return ScoringInput(token_ids, self.prompt_length, len(ids), len(token_ids) - 1)
+        return ScoringInput(token_ids, self.prompt_length, len(ids), len(token_ids) - 1, gate=self.gate)
 
     @property
     def response_ids(self) -> Sequence[int]:

@@ -148,6 +148,7 @@ def _aligner(tokenizer: object, engine: Engine) -> Aligner:
         unit=facts.unit,
         cut=facts.cut,
         separator=facts.separator,
+        gate=facts.gate,
     )
 
 

@@ -34,6 +34,7 @@ class EngineFacts:
         unit: what the head scores: a sequence (and likewise any prefix of it), a token, or a step.
         cut, separator: what stands between steps in a response, and what is written after each for the model to judge
             it; None where the unit is no step.
+        gate: what prompts must end with, for a model that weighs objectives by what it reads where that begins.
         notice: what an operator must know of the scores; None where they are rewards as they stand.
         special_ids: the model's own BOS and EOS ids by "bos" and "eos", as far as its config names them.
         needs_prompt: whether nothing can be said of a response to an empty prompt.
@@ -53,6 +54,7 @@ class EngineFacts:
     unit: Literal["sequence", "token", "step"] = "sequence"
     cut: str | None = None
     separator: str | None = None
+    gate: str | None = None
     notice: str | None = None
     special_ids: Mapping[str, frozenset[int]] = field(default_factory=dict)
     needs_prompt: bool = False

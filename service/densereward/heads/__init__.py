@@ -14,6 +14,7 @@ HEADS = Table(
     {
         "process": "densereward.heads.process:ProcessHead",
         "token_classifier": "densereward.heads.token_classifier:TokenClassifierHead",
+        "gated": "densereward.heads.gated:GatedHead",
         "openrlhf": "densereward.heads.openrlhf:OpenRlhfHead",
         "beaver": "densereward.heads.beaver:BeaverHead",
         "regression": "densereward.heads.regression:RegressionHead",

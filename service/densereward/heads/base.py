@@ -83,6 +83,7 @@ class ScoreHead(Head):
         families: the models that have it, for the table of families.
         unit: what a score is of: the sequence (and likewise of any prefix), a token, or a step.
         steps: how steps are written, where that comes with the family.
+        gate: what prompts must end with, for a head that also reads where that begins (`heads.gated`).
         renamed: patterns of weights' names in its checkpoints, and what they are called here.
         notice: what an operator must know of its scores; None where they are rewards as they stand.
     """
@@ -90,6 +91,7 @@ class ScoreHead(Head):
     families: ClassVar[str]
     unit: ClassVar[Unit] = "sequence"
     steps: ClassVar[Steps | None] = None
+    gate: ClassVar[str | None] = None
     renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
     notice: str | None = None
 

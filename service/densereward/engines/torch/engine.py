@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,6 +37,7 @@ from densereward.engines.torch.pieces import write_out
 from densereward.errors import EngineFailure
 from densereward.heads.base import ScoreHead, Steps
 from densereward.heads.bradley_terry import BradleyTerryHead
+from densereward.heads.gated import GatedHead
 
 __all__ = ["TorchEngine"]
 
@@ -78,10 +80,15 @@ class TorchEngine:
             cut=None if steps is None else steps.cut,
             separator=None if steps is None else steps.separator,
             notice=self._head.notice,
+            gate=self._head.gate,
         )
-        self._passes = Passes(model, self._head, self.facts.layers, self.facts.batch_tokens, prompt_cache)
+        # A gate is read in the same pass as what it weighs: nothing of a prompt is kept, and nothing runs in pieces.
+        gated = self.facts.gate is not None
+        tokens, cache = (sys.maxsize, 0) if gated else (self.facts.batch_tokens, prompt_cache)
+        self._passes = Passes(model, self._head, self.facts.layers, tokens, cache)
         self._passes.check_attention()
-        if self.facts.unit != "sequence":
+        self._differentiated: frozenset[Need] = frozenset()
+        if self.facts.unit != "sequence" or gated:
             return
         layers = range(-self.facts.layers, self.facts.layers)
         contributed = [Contributions(), *(Contributions(layer) for layer in layers)]
@@ -173,7 +180,10 @@ class TorchEngine:
         """
         hidden, rows = self._passes.reference(self._model, sequence)
         with torch.inference_mode():
-            scores = self._head.scores(hidden).cpu().numpy()
+            if isinstance(self._head, GatedHead):
+                scores = self._head.gated(hidden, hidden[[sequence.gate]].expand_as(hidden)).cpu().numpy()
+            else:
+                scores = self._head.scores(hidden).cpu().numpy()
         start, stop = sequence.prompt_length, sequence.response_stop
         wanted = [need for need in sequence.needs if isinstance(need, AttentionRow)]
         steps = scores[list(sequence.steps)]

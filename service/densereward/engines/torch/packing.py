@@ -81,6 +81,13 @@ class Placed:
         return following[self.read_slots] if len(following) else following
 
     @property
+    def gate(self) -> int:
+        """Where the sequence's gate is read; of use where it runs in one piece, from its first token on."""
+        position = self.piece.whole.sequence.gate
+        shared = len(self.shared)
+        return self.shared.start + position if position < shared else self.trunk.start + position - shared
+
+    @property
     def scored(self) -> int:
         """Where the score is read."""
         return self.trunk.start + self.piece.whole.sequence.scored_position - len(self.shared)
@@ -117,6 +124,7 @@ class PackedBatch:
         grows: places whose keys are kept, and what they are added to.
         read: every place the head is read at, piece after piece.
         following: the token after each, for a head that judges it; otherwise empty.
+        gates: where the gate of its sequence is read, for each.
         rows_of: indices of the pieces of whose scored tokens rows are kept.
         row_needs: the rows, of any of them, with layers counted from 0.
         row_keys: keys that scored tokens can look at, row after row.
@@ -138,6 +146,7 @@ class PackedBatch:
     grows: list[tuple[range, KeptKeys]]
     read: Int64[Tensor, " _"]
     following: Int64[Tensor, " _"]
+    gates: Int64[Tensor, " _"]
     rows_of: list[int]
     row_needs: frozenset[AttentionRow | Contributions]
     row_keys: Int64[Tensor, " K"]
@@ -194,6 +203,7 @@ def pack(
         key_positions,
         np.concatenate([each.reads for each in row.placed]),
         np.concatenate([each.following for each in row.placed]),
+        np.repeat([each.gate for each in row.placed], [len(each.read_slots) for each in row.placed]),
         np.concatenate([*keys, _places(_NOWHERE)]),
         np.repeat(np.arange(len(keys)), [len(each) for each in keys]),
         np.array([each.scored for each in rows], dtype=np.int64),
@@ -210,11 +220,12 @@ def pack(
         grows=list(_growing(row.placed, keep or {})),
         read=parts[3],
         following=parts[4],
+        gates=parts[5],
         rows_of=rows_of,
         row_needs=frozenset().union(*wanted),
-        row_keys=parts[5],
-        row_owner=parts[6],
-        scored=parts[7],
+        row_keys=parts[6],
+        row_owner=parts[7],
+        scored=parts[8],
         sums={(i, n): None for i, each in enumerate(row.placed) for n in _sum_layers(each.piece, layers)},
     )
 

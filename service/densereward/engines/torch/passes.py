@@ -20,6 +20,7 @@ from densereward.engines.torch.packing import PackedBatch, pack
 from densereward.engines.torch.pieces import Piece, WrittenOut, in_pieces, write_out
 from densereward.errors import EngineFailure, ModelError
 from densereward.heads.base import Head
+from densereward.heads.gated import GatedHead
 
 __all__ = ["Passes", "Result"]
 
@@ -157,6 +158,14 @@ class Passes:
         self.backbone = None
         self._prompts.clear()
 
+    def _read(self, hidden: Float[Tensor, "N E"], packed: PackedBatch) -> Float32[Tensor, " M"]:
+        """What the head says at every read place; a gated one looks at the gates, too."""
+        if isinstance(self._head, GatedHead):
+            gates, which = packed.gates.unique(return_inverse=True)
+            return self._head.gated(hidden[packed.read], hidden[gates][which])
+        reads: Float32[Tensor, " M"] = self._head.read(hidden[packed.read], packed.following)
+        return reads
+
     def _run_together(self, results: Sequence[Result]) -> None:
         """One pass; prompts whose keys are kept do not run again, and those that come again are kept."""
         prompts = {result.prompt: None for result in results if len(result.prompt) >= _LONG_PROMPT}
@@ -176,7 +185,7 @@ class Passes:
         hidden = self.backbone(
             input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
         ).last_hidden_state[0]
-        reads = self._head.read(hidden[packed.read], packed.following)
+        reads = self._read(hidden, packed)
         if packed.contributions:
             scores = self._head.scores(hidden[packed.scored])
             packed.rows.update(contributions(self.backbone, self._head, packed, scores))

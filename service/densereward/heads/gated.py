@@ -1,0 +1,137 @@
+"""ArmoRM and QRM: several objectives, weighed by a gate that reads the prompt at one fixed place.
+
+    score(t) = sum_k gate_k * (objectives(h_t) M)_k          gate = scale * softmax(layers(h_g) / temperature)
+
+h_g is the hidden state where the prompt's last message ends, five tokens before the response, and M mixes objectives.
+So the gate is the same for all prefixes of a response. QRM predicts quantiles of each objective, whose mean it takes,
+and has a batch normalisation behind each layer of the gate but the last; ArmoRM has neither.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, PreTrainedModel
+
+from densereward.errors import ModelError
+from densereward.heads.base import Checkpoint, ScoreHead, in_float32
+
+__all__ = ["GatedHead"]
+
+_GATE = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+class GatedHead(ScoreHead):
+    """Objectives and the gate over them.
+
+    Raises:
+        ModelError: the checkpoint's gate has another form.
+    """
+
+    name = "gated"
+    families = "ArmoRM, QRM (Llama 3)"
+    gate = _GATE
+
+    @classmethod
+    def fits(cls, checkpoint: Checkpoint) -> bool:
+        """There are a gate and a layer of objectives."""
+        return checkpoint.holds("regression_layer.weight") and checkpoint.holds("gating.logit_scale")
+
+    @classmethod
+    def model_class(cls, checkpoint: Checkpoint) -> Any:
+        """The decoder with the gate's modules under the names that checkpoints have."""
+        if type(checkpoint.config) not in MODEL_MAPPING:
+            raise ModelError(f"transformers has no decoder for {checkpoint.config.model_type}")
+        decoder: Any = MODEL_MAPPING[type(checkpoint.config)]
+        family: Any = decoder.__bases__[0]
+        shapes = checkpoint.shapes
+
+        class DecoderWithGate(family):  # type: ignore[misc]
+            def __init__(self, config: Any) -> None:
+                super().__init__(config)
+                self.model = decoder(config)
+                outputs, inputs = shapes["regression_layer.weight"]
+                self.regression_layer = nn.Linear(inputs, outputs, bias=False)
+                mixing = torch.zeros(shapes["reward_transform_matrix"])
+                self.reward_transform_matrix = nn.Parameter(mixing, requires_grad=False)
+                self.gating = nn.Module()
+                self.gating.logit_scale = nn.Parameter(torch.ones(1))
+                self.gating.layers = _gate_layers(checkpoint)
+                self.post_init()
+
+        DecoderWithGate.__name__ = checkpoint.architecture or "DecoderWithGate"
+        return DecoderWithGate
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        parts: Any = model
+        self._objectives: nn.Linear = parts.regression_layer
+        self._mixing: Tensor = parts.reward_transform_matrix
+        self._gating: Any = parts.gating
+        self._temperature = float(getattr(model.config, "gating_temperature", None) or 10.0)
+        size = len(self._mixing)
+        if self._mixing.shape != (size, size) or self._objectives.out_features % size:
+            raise ModelError(f"{self._objectives.out_features} outputs are not for {size} objectives")
+
+    def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:  # noqa: ARG002
+        """Not to be had without the gate.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(f"{self.name} reads a score in two places")
+
+    def gated(self, hidden: Float[Tensor, "M E"], at_gate: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
+        """Scores at M positions.
+
+        Args:
+            hidden: where they are read.
+            at_gate: where the gate is, for each.
+        """
+        quantiles = in_float32(self._objectives, hidden).unflatten(1, (len(self._mixing), -1))
+        objectives = quantiles.mean(dim=2) @ self._mixing.float()
+        scores: Float32[Tensor, " M"] = (self._weights(at_gate) * objectives).sum(dim=1)
+        return scores
+
+    def _weights(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, "M K"]:
+        values: Tensor = hidden.float()
+        linear = [each for each in self._gating.layers if isinstance(each, nn.Linear)]
+        normalised = len(linear) < len(self._gating.layers)
+        for each in self._gating.layers:
+            if isinstance(each, nn.Linear):
+                values = in_float32(each, values)
+                if not normalised and each is not linear[-1]:
+                    values = values.relu()
+            elif isinstance(each, nn.BatchNorm1d):
+                values = _batch_norm(each, values)
+            else:
+                values = values.relu()
+        weights: Float32[Tensor, "M K"] = torch.softmax(values / self._temperature, dim=1)
+        return weights * self._gating.logit_scale.float()
+
+
+def _batch_norm(layer: nn.BatchNorm1d, values: Tensor) -> Tensor:
+    mean, variance, weight, bias = (
+        None if each is None else each.float()
+        for each in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    )
+    output: Tensor = nn.functional.batch_norm(values, mean, variance, weight, bias, training=False, eps=layer.eps)
+    return output
+
+
+def _gate_layers(checkpoint: Checkpoint) -> nn.ModuleList:
+    """Linear layers and batch normalisations in their places, ReLU in the places between that have no weights."""
+    found: dict[int, nn.Module] = {}
+    for name, shape in checkpoint.shapes.items():
+        match = re.fullmatch(r"gating\.layers\.(\d+)\.weight", name)
+        if match and len(shape) == 2:
+            bias = f"gating.layers.{match[1]}.bias" in checkpoint.shapes
+            found[int(match[1])] = nn.Linear(shape[1], shape[0], bias=bias)
+        elif match:
+            found[int(match[1])] = nn.BatchNorm1d(shape[0])
+    if not found:
+        raise ModelError("the gate has no layers")
+    return nn.ModuleList([found.get(place, nn.ReLU()) for place in range(max(found) + 1)])
