@@ -109,8 +109,8 @@ class GatedHead(ScoreHead):
                 values = _batch_norm(each, values)
             else:
                 values = values.relu()
-        weights: Float32[Tensor, "M K"] = torch.softmax(values / self._temperature, dim=1)
-        return weights * self._gating.logit_scale.float()
+        scale: Tensor = self._gating.logit_scale.float()
+        return torch.softmax(values / self._temperature, dim=1) * scale
 
 
 def _batch_norm(layer: nn.BatchNorm1d, values: Tensor) -> Tensor:
