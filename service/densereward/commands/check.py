@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from pydantic import Field, model_validator
+from pydantic_settings import CliPositionalArg
 from rich.console import Console
 from rich.markup import escape
 
@@ -36,12 +37,15 @@ _MARKS = {
 class Check(ModelSettings, cli_prog_name="densereward check", **FLAGS):
     """Look at a model before it is served: weights, tokenizer, template, numbers, speed."""
 
+    checked: CliPositionalArg[str | None] = Field(None, description="The model; wins over --model and the environment.")
     json_: bool = Field(False, alias="json", description="One JSON object instead of text.")
 
     @model_validator(mode="after")
     def _one_model(self) -> Check:
         if len(self.model) > 1 or self.pair is not None:
-            raise ValueError("models are checked one by one: give --model once")
+            raise ValueError("models are checked one by one: give one")
+        if self.checked is not None:
+            self.model = [self.checked]
         return self
 
     def cli_cmd(self) -> None:
