@@ -103,6 +103,12 @@ def torn(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"no weights")
 
 
+def pickled(folder: Path) -> None:
+    tiny.save(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 def no_tokenizer(folder: Path) -> None:
     tiny.save(folder)
     (folder / "tokenizer.json").unlink()
@@ -142,6 +148,7 @@ FAULTS: dict[str, tuple[Plant, str, dict[str, Any]]] = {
     "a head of zeros": (weights(scaled("score.weight", 0.0)), "spread", {}),
     "a sigmoid left on": (weights(sigmoid_left_on), "model_error", {}),
     "a torn file": (torn, "model_error", {}),
+    "pickled weights": (pickled, "model_error", {}),
     "a tokenizer with more tokens": (larger_tokenizer, "vocabulary", {}),
     "a tokenizer with far fewer tokens": (other_tokenizer(270), "vocabulary", {}),
     "a tokenizer with another beginning": (other_beginning, "special_tokens", {}),

@@ -148,6 +148,7 @@ def _load(
             attn_implementation=attention.IMPLEMENTATION,
             key_mapping=renamed or None,
             trust_remote_code=False,
+            use_safetensors=True,  # pickled weights can run code while they are read
             output_loading_info=True,
         )
     except Exception as error:  # as above
