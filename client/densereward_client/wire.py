@@ -39,6 +39,7 @@ __all__ = [
     "MethodRequest",
     "ModelCard",
     "ModelList",
+    "Objective",
     "RewardsRequest",
     "RewardsResponse",
     "Sample",
@@ -52,7 +53,7 @@ __all__ = [
     "encode_base64",
 ]
 
-Include = Literal["tokens", "spans", "prefix_scores", "attention", "segments"]
+Include = Literal["tokens", "spans", "prefix_scores", "attention", "segments", "objectives"]
 
 
 def _decode_floats(value: str | Iterable[float] | NDArray[np.float32]) -> NDArray[np.float32]:
@@ -253,6 +254,13 @@ class Segment(_Answer):
     keep: bool | None = Field(None, description="Whether to learn from it; null where the method does not say.")
 
 
+class Objective(_Answer):
+    """What one of a model's objectives adds: over all of them, the rewards sum to R and the scores to s_1..s_T."""
+
+    reward: FiniteFloat
+    scores: FloatArray = Field(description="After each response token.")
+
+
 class SampleTokenRewards(SampleReward):
     """One sample of POST /token_rewards: sum(token_rewards[m]) + baseline[m] == reward * scale[m].
 
@@ -286,6 +294,9 @@ class SampleTokenRewards(SampleReward):
     spans: list[tuple[int, int]] | None = Field(None, description="Their [start, end) in UTF-8 bytes of the response.")
     prefix_scores: FloatArray | None = Field(None, description="s_1..s_T: the score read after each response token.")
     prompt_score: FiniteFloat | None = Field(None, description="s_0: the score read before the response.")
+    objectives: list[Objective] | None = Field(
+        None, description="Of a model with several objectives, in its own order: each one's part."
+    )
     attention: FloatArray | None = Field(None, description="Last layer's row on the response, before renormalising.")
 
 

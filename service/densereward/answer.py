@@ -130,6 +130,10 @@ def _included(
     if "prefix_scores" in request.include:
         prefixes = captured.prefixes["open"]
         included |= {"prefix_scores": encode(prefixes.after), "prompt_score": prefixes.before}
+    if "objectives" in request.include and captured.objectives is not None:
+        included["objectives"] = [
+            {"reward": float(each[0]), "scores": encode(each[1:])} for each in captured.objectives
+        ]
     if "attention" in request.include:
         included["attention"] = encode(captured.attention_rows[-1])
     return included

@@ -26,6 +26,7 @@ __all__ = [
     "LogProbabilities",
     "LogRatios",
     "Need",
+    "Objectives",
     "PrefixMode",
     "PrefixScores",
     "Prefixes",
@@ -111,6 +112,11 @@ class StepScores:
 
 
 @dataclass(frozen=True, slots=True)
+class Objectives:
+    """What each objective of a model with several adds to the score, where scores of open prefixes are read."""
+
+
+@dataclass(frozen=True, slots=True)
 class Variants:
     """The scores of other responses to the prompt."""
 
@@ -124,6 +130,7 @@ Need = (
     | LogProbabilities
     | LogRatios
     | StepScores
+    | Objectives
     | Variants
 )
 """One narrow thing an engine can keep from a forward pass; the sequence's score is always kept."""
@@ -238,6 +245,7 @@ class Captured:
         contributions: per layer as it was asked for, what each response token added to the score.
         received_attention: per layer as it was asked for, what each response token got from later ones.
         gradients: as they were asked for, what each response token's embedding does to the score, to first order.
+        objectives: as they were asked for, [K, 1 + T]: each objective's part of the reward, and of s_1..s_T.
         step_scores: as they were asked for, one a step.
         log_probabilities, log_ratios: as they were asked for, of the response's tokens and then the closing ones, nats.
         variants: for one method, what the variants gave that it asked for (`methods.base.Method.variants`).
@@ -250,6 +258,7 @@ class Captured:
     contributions: Mapping[int | None, Float32[np.ndarray, " T"]] = field(default_factory=dict)
     received_attention: Mapping[int, Float32[np.ndarray, " T"]] = field(default_factory=dict)
     gradients: Float32[np.ndarray, " T"] | None = None
+    objectives: Float32[np.ndarray, "K _"] | None = None
     step_scores: Float32[np.ndarray, " B"] | None = None
     log_probabilities: Float32[np.ndarray, " _"] | None = None
     log_ratios: Float32[np.ndarray, " _"] | None = None
@@ -265,6 +274,7 @@ class Captured:
             for prefixes in self.prefixes.values()
             if prefixes.before is not None
         ]
-        found = (self.gradients, self.step_scores, self.log_probabilities, self.log_ratios)
+        parts = None if self.objectives is None else self.objectives.ravel()
+        found = (self.gradients, parts, self.step_scores, self.log_probabilities, self.log_ratios)
         single = [each for each in found if each is not None]
         return [*scores, *before, *single, *(row for rows in kept for row in rows)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from densereward.capture import AttentionRow, Need, PrefixScores
+from densereward.capture import AttentionRow, Need, Objectives, PrefixScores
 from densereward.engines.base import Engine
 from densereward.errors import InvalidRequest, MethodUnavailable
 from densereward.methods import METHODS
@@ -24,7 +24,11 @@ _WITHOUT_PAIR = "it takes a policy and its reference: start the server with --pa
 _DEFAULTS = ("red", "steps", "sparse")
 """What a request without methods gets: the first of these that all its models can serve."""
 
-_INCLUDED: dict[str, Need] = {"prefix_scores": PrefixScores(), "attention": AttentionRow(-1)}
+_INCLUDED: dict[str, set[Need]] = {
+    "prefix_scores": {PrefixScores()},
+    "attention": {AttentionRow(-1)},
+    "objectives": {PrefixScores(), Objectives()},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ def needs_of(plans: Sequence[Plan], request: TokenRewardsRequest, engine: Engine
             missing.
     """
     needs = {need for each in plans for need in each.method.needs(each.params)}
-    needs |= {_INCLUDED[name] for name in request.include if name in _INCLUDED}
+    needs |= {need for name in request.include for need in _INCLUDED.get(name, ())}
     if missing := needs - engine.provides:
         if lacking := [each.key for each in plans if each.method.by_pair and each.method.needs(each.params) & missing]:
             raise MethodUnavailable(f"{', '.join(lacking)}: {_WITHOUT_PAIR}", field="methods")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 import tiny
-from densereward.capture import Contributions, PrefixScores, ScoringInput
+from densereward.capture import Contributions, Need, Objectives, PrefixScores, ScoringInput
 from densereward.checks import examine, refuse
 from densereward.engines.torch.engine import TorchEngine
 from densereward.errors import InvalidRequest, ModelError
 from densereward.settings import ModelSettings
 from densereward.startup import load_unchecked
 from densereward_client.wire import Sample
+from serving import Api, serving
 
 OBJECTIVES, QUANTILES, HIDDEN = 5, 3, 64
 SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -113,6 +115,37 @@ def test_objectives_are_weighed_as_the_prompt_says_at_every_prefix(name: str, tm
             cut = [*ids[: each.prompt_length + count], *each.closing_ids]
             closed = float(own_scores(name, parts, cut, gate)[-1])
             assert captured.prefixes["closed"].after[count - 1] == pytest.approx(closed, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ArmoRM", "QRM"])
+def test_the_parts_of_the_objectives_are_told_and_sum_to_the_scores(name: str, tmp_path: Path) -> None:
+    save(tmp_path, name)
+    engine, aligner = load_unchecked(ModelSettings(model=[str(tmp_path)], device="cpu"))
+    needs: frozenset[Need] = frozenset([PrefixScores("open"), Objectives()])
+    asked = Sample.model_validate({"messages": DIALOGUE, "response": "Thank you, that was good food."})
+    plain = aligner.align(asked).sequence
+    [captured, _] = engine.forward([aligner.align(asked, needs).sequence, plain])
+    assert captured.objectives is not None
+    assert captured.objectives.shape == (OBJECTIVES, 1 + captured.length)
+    expected = [captured.reward, *captured.prefixes["open"].after]
+    np.testing.assert_allclose(captured.objectives.sum(axis=0), expected, atol=1e-5)
+    assert np.abs(captured.objectives).max() > 1e-3
+
+
+def test_objectives_are_answered_where_a_model_has_them(tmp_path: Path) -> None:
+    save(tmp_path / "armo", "ArmoRM")
+    with (
+        serving(tmp_path / "log", "--device", "cpu", "--model", str(tmp_path / "armo")) as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+    ):
+        api = Api(http)
+        item = api.item({"messages": DIALOGUE, "response": "Thank you."}, include=["objectives", "prefix_scores"])
+        _, refused = api.refusal([{"prompt": "How?", "response": "So."}])
+    assert len(item["objectives"]) == OBJECTIVES
+    total = np.sum([each["scores"] for each in item["objectives"]], axis=0)
+    np.testing.assert_allclose(total, item["prefix_scores"], atol=1e-5)
+    assert sum(each["reward"] for each in item["objectives"]) == pytest.approx(item["reward"], abs=1e-5)
+    assert refused["code"] == "no_gate"
 
 
 def test_a_long_prompt_that_comes_again_still_has_its_gate(tmp_path: Path) -> None:

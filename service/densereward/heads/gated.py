@@ -84,8 +84,8 @@ class GatedHead(ScoreHead):
         """
         raise ModelError(f"{self.name} reads a score in two places")
 
-    def gated(self, hidden: Float[Tensor, "M E"], at_gate: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
-        """Scores at M positions.
+    def parts(self, hidden: Float[Tensor, "M E"], at_gate: Float[Tensor, "M E"]) -> Float32[Tensor, "K M"]:
+        """What each of K objectives adds to the scores at M positions; their sum is the score.
 
         Args:
             hidden: where they are read.
@@ -93,8 +93,8 @@ class GatedHead(ScoreHead):
         """
         quantiles = in_float32(self._objectives, hidden).unflatten(1, (len(self._mixing), -1))
         objectives = quantiles.mean(dim=2) @ self._mixing.float()
-        scores: Float32[Tensor, " M"] = (self._weights(at_gate) * objectives).sum(dim=1)
-        return scores
+        parts: Float32[Tensor, "M K"] = self._weights(at_gate) * objectives
+        return parts.T
 
     def _weights(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, "M K"]:
         values: Tensor = hidden.float()

@@ -20,6 +20,7 @@ from densereward.capture import (
     Contributions,
     Gradients,
     Need,
+    Objectives,
     Prefixes,
     PrefixMode,
     PrefixScores,
@@ -135,6 +136,7 @@ class TorchEngine:
         layers = range(-self.facts.layers, self.facts.layers)
         in_layers = (kind(layer) for kind in (AttentionRow, ReceivedAttention) for layer in layers)
         scores: list[Need] = [PrefixScores("open"), PrefixScores("closed"), Variants()]
+        scores += [Objectives()] if self.facts.gate is not None else []
         return frozenset([*scores, *in_layers]) | self._differentiated
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
@@ -162,6 +164,7 @@ class TorchEngine:
             length=sequence.response_length,
             prefixes=_prefixes(sequence, result.reads[1 : len(result.reads) - len(steps)]),
             step_scores=steps if StepScores() in sequence.needs else None,
+            objectives=_objectives(result) if Objectives() in sequence.needs else None,
             attention_rows=kept[AttentionRow],
             contributions=kept[Contributions],
             received_attention=kept[ReceivedAttention],
@@ -181,7 +184,8 @@ class TorchEngine:
         hidden, rows = self._passes.reference(self._model, sequence)
         with torch.inference_mode():
             if isinstance(self._head, GatedHead):
-                scores = self._head.gated(hidden, hidden[[sequence.gate]].expand_as(hidden)).cpu().numpy()
+                gate = hidden[[sequence.gate]].expand_as(hidden)
+                scores = self._head.parts(hidden, gate).sum(dim=0).cpu().numpy()
             else:
                 scores = self._head.scores(hidden).cpu().numpy()
         start, stop = sequence.prompt_length, sequence.response_stop
@@ -201,6 +205,15 @@ class TorchEngine:
         self._model = None
         self._passes.close()
         torch.cuda.empty_cache()
+
+
+def _objectives(result: Result) -> Float32[np.ndarray, "K _"]:
+    """The parts of the reward and of s_1..s_T, which are read after s_0 wherever that is."""
+    sequence = result.whole.sequence
+    if result.objectives is None:
+        raise EngineFailure("the head has no objectives")
+    first = 1 + min(sequence.prompt_length, 1)
+    return result.objectives[:, [0, *range(first, first + sequence.response_length)]]
 
 
 def _prefixes(sequence: ScoringInput, reads: Float32[np.ndarray, " _"]) -> dict[PrefixMode, Prefixes]:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from densereward.capture import AttentionRow, Need, ScoringInput
+from densereward.capture import AttentionRow, Need, Objectives, ScoringInput
 from densereward.engines.torch.contributions import contributions
 from densereward.engines.torch.kept import KeptKeys, Prompt, PromptKeys
 from densereward.engines.torch.packing import PackedBatch, pack
@@ -35,12 +35,14 @@ class Result:
     Attributes:
         whole: the sequence, written out.
         reads: what the head says at each of its reads; filled piece by piece.
+        objectives: its parts, for a gated head.
         rows: the scored rows from the sequence's first token on, layers counted from 0.
         sums: per layer, the attention that each token of the sequence received; added up piece by piece.
     """
 
     whole: WrittenOut
     reads: Float32[np.ndarray, " R"] = field(init=False)
+    objectives: Float32[np.ndarray, "K R"] | None = None
     rows: dict[Need, Float32[np.ndarray, " L"]] = field(default_factory=dict)
     sums: dict[int, Float32[np.ndarray, " S"]] = field(default_factory=dict)
 
@@ -158,13 +160,20 @@ class Passes:
         self.backbone = None
         self._prompts.clear()
 
-    def _read(self, hidden: Float[Tensor, "N E"], packed: PackedBatch) -> Float32[Tensor, " M"]:
-        """What the head says at every read place; a gated one looks at the gates, too."""
+    def _read(
+        self, hidden: Float[Tensor, "N E"], packed: PackedBatch
+    ) -> tuple[Float32[Tensor, " M"], Float32[Tensor, "K M"]]:
+        """What the head says at every read place; of a gated one, which looks at the gates too, also the parts."""
         if isinstance(self._head, GatedHead):
             gates, which = packed.gates.unique(return_inverse=True)
-            return self._head.gated(hidden[packed.read], hidden[gates][which])
-        reads: Float32[Tensor, " M"] = self._head.read(hidden[packed.read], packed.following)
-        return reads
+            parts = self._head.parts(hidden[packed.read], hidden[gates][which])
+            return parts.sum(dim=0), parts if self._wants_objectives(packed) else parts[:0]
+        reads = self._head.read(hidden[packed.read], packed.following)
+        return reads, reads.new_zeros(0, len(reads))
+
+    @staticmethod
+    def _wants_objectives(packed: PackedBatch) -> bool:
+        return any(Objectives() in each.piece.whole.sequence.needs for each in packed.placed)
 
     def _run_together(self, results: Sequence[Result]) -> None:
         """One pass; prompts whose keys are kept do not run again, and those that come again are kept."""
@@ -185,29 +194,34 @@ class Passes:
         hidden = self.backbone(
             input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
         ).last_hidden_state[0]
-        reads = self._read(hidden, packed)
+        reads, objectives = self._read(hidden, packed)
         if packed.contributions:
             scores = self._head.scores(hidden[packed.scored])
             packed.rows.update(contributions(self.backbone, self._head, packed, scores))
         if packed.row_needs != packed.rows.keys() or None in packed.sums.values():
             raise EngineFailure(f"{self._family} did not run its attention in all the layers that are needed")
-        _hand_out(packed, results, reads)
+        _hand_out(packed, results, reads, objectives)
 
 
-def _hand_out(packed: PackedBatch, results: Sequence[Result], reads: Float32[Tensor, " M"]) -> None:
+def _hand_out(
+    packed: PackedBatch, results: Sequence[Result], reads: Float32[Tensor, " M"], objectives: Float32[Tensor, "K M"]
+) -> None:
     """Bring what a pass gave to the host in one copy, and cut it into sequences."""
     needs, places = list(packed.rows), list(packed.sums)
-    parts = [reads, *packed.rows.values(), *(each for each in packed.sums.values() if each is not None)]
+    sums = [each for each in packed.sums.values() if each is not None]
+    parts = [reads, *packed.rows.values(), *sums, objectives.flatten()]
     on_host = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
     read = key = 0
     for result, placed in zip(results, packed.placed, strict=True):
         slots = placed.read_slots
         result.reads[slots] = on_host[0][read : read + len(slots)]
+        if len(objectives):
+            result.objectives = on_host[-1].reshape(objectives.shape)[:, read : read + len(slots)]
         read += len(slots)
     rows = dict(zip(needs, on_host[1 : 1 + len(needs)], strict=True))
     for index in packed.rows_of:
         length = results[index].whole.sequence.scored_position + 1
         results[index].rows |= {need: row[key : key + length] for need, row in rows.items()}
         key += length
-    for (index, layer), sums in zip(places, on_host[1 + len(needs) :], strict=True):
-        results[index].receive(layer, sums)
+    for (index, layer), received in zip(places, on_host[1 + len(needs) : -1], strict=True):
+        results[index].receive(layer, received)
