@@ -71,6 +71,7 @@ def _load(settings: ModelSettings, source: str) -> tuple[Engine, Aligner]:
         batch_tokens=settings.max_batch_tokens,
         prompt_cache=settings.prompt_cache_bytes,
         separator=settings.step_separator,
+        head=settings.head,
     )
     from densereward.engines.torch.adapters import base_of
 

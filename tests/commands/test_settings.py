@@ -65,7 +65,7 @@ def test_every_knob_can_be_set_from_the_environment(
 ) -> None:
     values: dict[str, Any] = {
         "model": ["m"], "ensemble": [], "revision": "r", "model_name": "n", "pair": "policy=p",
-        "step_separator": "s", "allow": [], "chat_template": None, "device": "cpu",
+        "head": "nemotron", "step_separator": "s", "allow": [], "chat_template": None, "device": "cpu",
         "dtype": "float16", "max_length": 1,
         "max_batch_tokens": 2, "prompt_cache_bytes": 17, "max_queue_tokens": 3, "host": "h", "port": 4,
         "api_key": "k", "max_body_bytes": 5, "max_samples": 6, "request_timeout": 7.5,

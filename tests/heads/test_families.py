@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 import tiny
 from densereward.capture import AttentionRow, Need, PrefixScores, ScoringInput
@@ -237,6 +237,23 @@ def test_a_config_that_is_not_that_of_the_weights_is_refused(
         TorchEngine.load(str(tmp_path), device="cpu")
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi"])
+def test_a_score_in_the_first_row_of_a_language_models_head_is_read_where_it_is_named(
+    architecture: str, tmp_path: Path
+) -> None:
+    folder = tiny.save_language_model(tmp_path, architecture)
+    with pytest.raises(ModelError, match="is a language model without a score head"):
+        TorchEngine.load(str(folder), device="cpu")
+    engine = TorchEngine.load(str(folder), device="cpu", head="nemotron")
+    self_check(engine)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([IDS])).logits[0, :, 0].numpy()
+    [captured] = engine.forward([ScoringInput(IDS, 10, 30, 39, needs=frozenset([PrefixScores("open")]))])
+    assert captured.reward == pytest.approx(float(expected[-1]), abs=1e-5)
+    np.testing.assert_allclose(captured.prefixes["open"].after, expected[10:], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
@@ -254,7 +271,7 @@ def test_what_is_of_no_family_is_refused_by_name(architecture: str, message: str
 
 def test_every_head_says_which_families_have_it_and_is_tried_here() -> None:
     assert all(HEADS[name].families for name in HEADS)
-    elsewhere = {"bradley_terry", "gated", "token_classifier", "process"}  # tests of their own
+    elsewhere = {"bradley_terry", "gated", "nemotron", "token_classifier", "process"}  # tests of their own
     assert {family.head for family in FAMILIES.values()} | elsewhere == set(HEADS)
 
 

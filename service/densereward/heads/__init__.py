@@ -22,21 +22,28 @@ HEADS = Table(
         "value_head": "densereward.heads.value_head:ValueHead",
         "v_head": "densereward.heads.v_head:VHead",
         "mlp": "densereward.heads.mlp:MlpHead",
+        "nemotron": "densereward.heads.nemotron:NemotronHead",
         "bradley_terry": "densereward.heads.bradley_terry:BradleyTerryHead",
     },
 )
 """Of reward models, in the order in which they are asked whether they fit: what marks a family most comes first."""
 
 
-def head_for(checkpoint: Any) -> Any:
+def head_for(checkpoint: Any, named: str | None = None) -> Any:
     """The class of the first head that fits a checkpoint (`heads.base.Checkpoint`).
 
+    Args:
+        checkpoint: what is known of the model.
+        named: the head of models that none fits.
+
     Raises:
-        ModelError: none does.
+        ModelError: there is none.
     """
     for name in HEADS:
         if HEADS[name].fits(checkpoint):
             return HEADS[name]
+    if named is not None:
+        return HEADS[named]
     if checkpoint.architecture.endswith(("ForCausalLM", "LMHeadModel")):
         raise ModelError(
             f"{checkpoint.architecture} is a language model without a score head; two of them are a reward model as "

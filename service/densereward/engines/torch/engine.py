@@ -118,6 +118,7 @@ class TorchEngine:
         batch_tokens: int | None = None,
         prompt_cache: int = 0,
         separator: str | None = None,
+        head: str | None = None,
     ) -> TorchEngine:
         """Load from a folder or a hub id.
 
@@ -125,8 +126,8 @@ class TorchEngine:
             ModelError: the model cannot be loaded or read as a reward model.
         """
         chosen = choose_device(device)
-        model, head = load_scorer(source, revision, chosen, choose_dtype(dtype, chosen))
-        return cls(model, longest, batch_tokens, prompt_cache, separator, head)
+        model, read_by = load_scorer(source, revision, chosen, choose_dtype(dtype, chosen), head)
+        return cls(model, longest, batch_tokens, prompt_cache, separator, read_by)
 
     @property
     def provides(self) -> frozenset[Need]:

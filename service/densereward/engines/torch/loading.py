@@ -59,9 +59,11 @@ def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 
 def load_scorer(
-    source: str, revision: str | None, device: torch.device, dtype: torch.dtype
+    source: str, revision: str | None, device: torch.device, dtype: torch.dtype, head: str | None = None
 ) -> tuple[PreTrainedModel, ScoreHead]:
     """A reward model from a folder or a hub id, ready for packed batches, and the head of its family.
+
+    `head` names the one to take where nothing tells which it is.
 
     Raises:
         ModelError: no such model, one of no known family, or weights that its files do not hold.
@@ -71,7 +73,7 @@ def load_scorer(
     config = _config(source, revision)
     checkpoint = Checkpoint(config, weight_shapes(source, revision))
     try:
-        kind = head_for(checkpoint)
+        kind = head_for(checkpoint, head)
         loaded = kind.model_class(checkpoint)
     except ModelError as error:
         raise ModelError(f"{source}: {error.message}") from error
