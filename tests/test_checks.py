@@ -155,7 +155,7 @@ FAULTS: dict[str, tuple[Plant, str, dict[str, Any]]] = {
     "no tokenizer": (no_tokenizer, "model_error", {}),
     "a doubled BOS": (template(BOS_TWICE), "doubled_bos", {}),
     "a template of other special tokens": (
-        template(tiny.CHATML.replace("<|im_start|>", "<|start_header_id|>")),
+        template(tiny.CHATML.replace("<|im_end|>", "<|eot_id|>")),
         "template_tokens",
         {},
     ),
@@ -230,12 +230,21 @@ def test_a_failure_may_be_allowed_by_its_name(tmp_path: Path, capsys: pytest.Cap
         load(ModelSettings(model=[str(folder)], device="cpu", allow=["numbers"]))
 
 
-def test_a_template_that_strips_is_told_and_served(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "name", "text"),
+    [
+        ("message['content']", "message['content'] | trim", "template", "strips white space"),
+        ("<|im_start|>", "<|user|>", "template_tokens", "writes <|user|>, which the tokenizer does not know"),
+    ],
+)
+def test_what_sound_models_do_as_well_is_told_and_served(
+    old: str, new: str, name: str, text: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
-    template(tiny.CHATML.replace("message['content']", "message['content'] | trim"))(folder)
+    template(tiny.CHATML.replace(old, new))(folder)
     findings = list(examine(*load_unchecked(ModelSettings(model=[str(folder)], device="cpu"))))
     [told] = [each for each in findings if each.status == "warning"]
-    assert (told.name, "strips white space" in told.text) == ("template", True)
+    assert (told.name, text in told.text) == (name, True)
 
 
 @pytest.mark.parametrize("save", [tiny.save_judge, tiny.save_process_model, tiny.save_language_model])

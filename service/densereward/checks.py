@@ -25,7 +25,7 @@ Status = Literal["ok", "warning", "fail", "allowed"]
 
 ALLOWABLE = ("vocabulary", "special_tokens", "template_tokens", "doubled_bos", "spread", "parity", "dtype_drift")
 
-_WRITTEN_TOKENS = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:bos|eos)>|<(?:start|end)_of_turn>|\[/?INST\]")
+_WRITTEN_TOKENS = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:bos|eos)>|<(?:start|end)_of_turn>")
 _LEAST_KNOWN = 0.9
 """Share of the model's rows that its tokenizer has tokens for; the rest is padding."""
 
@@ -106,22 +106,26 @@ def _template(engine: Engine, aligner: Aligner) -> Iterator[Finding]:  # noqa: A
     if aligner.template is None:
         yield Finding("template", "warning", "the model has no chat template: give `prompt`, not `messages`")
         return
-    written = aligner.template.prompt([{"role": "user", "content": "question"}]) + aligner.template.closing
-    split = [
-        token
-        for token in dict.fromkeys(_WRITTEN_TOKENS.findall(written))
-        if len(aligner.vocabulary.encode(token).ids) != 1
-    ]
-    if split:
-        text = f"the template writes {', '.join(split)}, which the tokenizer does not know as one token each"
-        yield Finding("template_tokens", "fail", f"{text}; one of the two is another model's")
+    prompt = aligner.template.prompt([{"role": "user", "content": "question"}])
+    split = {text: _split(text, aligner) for text in (aligner.template.closing, prompt)}
+    text = "the template writes {}, which the tokenizer does not know as one token each"
+    if closing := split[aligner.template.closing]:
+        yield Finding("template_tokens", "fail", f"{text.format(closing)}; one of the two is another model's")
+    elif split[prompt]:  # as some models do that were trained so
+        yield Finding("template_tokens", "warning", text.format(split[prompt]))
     bos = aligner.vocabulary.bos_id
-    if bos is not None and aligner.vocabulary.encode(written).ids[:2] == [bos, bos]:
+    if bos is not None and aligner.vocabulary.encode(prompt).ids[:2] == [bos, bos]:
         yield Finding("doubled_bos", "fail", "the template begins with two BOS tokens")
     if aligner.template.strips:
         yield Finding("template", "warning", "the template strips white space round an answer; responses keep theirs")
-    if not split:
+    if not closing:
         yield Finding("template", "ok", f"fingerprint {aligner.template.fingerprint[:12]}")
+
+
+def _split(text: str, aligner: Aligner) -> str:
+    """What looks like special tokens in a text and is more than one for the tokenizer."""
+    written = dict.fromkeys(_WRITTEN_TOKENS.findall(text))
+    return ", ".join(token for token in written if len(aligner.vocabulary.encode(token).ids) != 1)
 
 
 def _closing(engine: Engine, aligner: Aligner) -> Iterator[Finding]:
