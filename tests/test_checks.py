@@ -95,7 +95,7 @@ def larger_tokenizer(folder: Path) -> None:
 
 
 def other_beginning(folder: Path) -> None:
-    tiny.save(folder, bos_token_id=7)
+    tiny.save(folder, adds_bos=True, bos_token_id=7)
 
 
 def torn(folder: Path) -> None:

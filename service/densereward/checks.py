@@ -90,7 +90,9 @@ def _vocabulary(engine: Engine, aligner: Aligner) -> Iterator[Finding]:
 
 
 def _special_tokens(engine: Engine, aligner: Aligner) -> Iterator[Finding]:
-    own = {"bos": aligner.vocabulary.bos_id, "eos": aligner.vocabulary.eos_id}
+    written = aligner.template.prompt([{"role": "user", "content": ""}]) if aligner.template else ""
+    begins = aligner.adds_bos or aligner.vocabulary.bos_id in aligner.vocabulary.encode(written).ids[:1]
+    own = {"bos": aligner.vocabulary.bos_id if begins else None, "eos": aligner.vocabulary.eos_id}
     wrong = [
         f"{name} is {own[name]} for the tokenizer and {sorted(ids)} for the model"
         for name, ids in engine.facts.special_ids.items()
@@ -99,7 +101,7 @@ def _special_tokens(engine: Engine, aligner: Aligner) -> Iterator[Finding]:
     if wrong:
         yield Finding("special_tokens", "fail", f"{'; '.join(wrong)}; is it this model's tokenizer?")
     else:
-        yield Finding("special_tokens", "ok", "the tokenizer's BOS and EOS are the model's")
+        yield Finding("special_tokens", "ok", "the tokenizer's BOS, where it is used, and EOS are the model's")
 
 
 def _template(engine: Engine, aligner: Aligner) -> Iterator[Finding]:  # noqa: ARG001  # one signature for all looks
