@@ -219,6 +219,14 @@ def test_half_precision_is_compared_with_float32(tmp_path: Path, capsys: pytest.
     assert "bfloat16 moves scores of up to" in drift["text"]
 
 
+def test_a_template_that_wants_more_than_white_space_passes(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    refusing = "{% if not messages[0]['content'].strip() %}{{ raise_exception('say something') }}{% endif %}"
+    template(refusing + tiny.CHATML)(folder)
+    findings = refuse(examine(*load_unchecked(ModelSettings(model=[str(folder)], device="cpu"))))
+    assert {each.status for each in findings} == {"ok"}
+
+
 def test_a_failure_may_be_allowed_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"
     other_beginning(folder)

@@ -26,6 +26,8 @@ Status = Literal["ok", "warning", "fail", "allowed"]
 ALLOWABLE = ("vocabulary", "special_tokens", "template_tokens", "doubled_bos", "spread", "parity", "dtype_drift")
 
 _WRITTEN_TOKENS = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:bos|eos)>|<(?:start|end)_of_turn>")
+_QUESTION = [{"role": "user", "content": "question"}]  # which every template that was taken has written before
+
 _LEAST_KNOWN = 0.9
 """Share of the model's rows that its tokenizer has tokens for; the rest is padding."""
 
@@ -90,7 +92,7 @@ def _vocabulary(engine: Engine, aligner: Aligner) -> Iterator[Finding]:
 
 
 def _special_tokens(engine: Engine, aligner: Aligner) -> Iterator[Finding]:
-    written = aligner.template.prompt([{"role": "user", "content": ""}]) if aligner.template else ""
+    written = aligner.template.prompt(_QUESTION) if aligner.template else ""
     begins = aligner.adds_bos or aligner.vocabulary.bos_id in aligner.vocabulary.encode(written).ids[:1]
     own = {"bos": aligner.vocabulary.bos_id if begins else None, "eos": aligner.vocabulary.eos_id}
     wrong = [
@@ -108,7 +110,7 @@ def _template(engine: Engine, aligner: Aligner) -> Iterator[Finding]:  # noqa: A
     if aligner.template is None:
         yield Finding("template", "warning", "the model has no chat template: give `prompt`, not `messages`")
         return
-    prompt = aligner.template.prompt([{"role": "user", "content": "question"}])
+    prompt = aligner.template.prompt(_QUESTION)
     split = {text: _split(text, aligner) for text in (aligner.template.closing, prompt)}
     text = "the template writes {}, which the tokenizer does not know as one token each"
     if closing := split[aligner.template.closing]:
