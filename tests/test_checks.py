@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForTokenClassification, Qwen3NextConfig, Qwen3NextForSequenceClassification
 
 import tiny
-from densereward.checks import ALLOWABLE, examine, refuse
+from densereward.checks import examine, refuse
 from densereward.cli import main
 from densereward.errors import ModelError
-from densereward.settings import ModelSettings
+from densereward.settings import ALLOWABLE, ModelSettings
 from densereward.startup import load, load_unchecked
 
 Plant = Callable[[Path], Any]
@@ -234,8 +235,8 @@ def test_a_failure_may_be_allowed_by_its_name(tmp_path: Path, capsys: pytest.Cap
     assert status == 0
     assert [each["name"] for each in report["findings"] if each["status"] == "allowed"] == ["special_tokens"]
     load(ModelSettings(model=[str(folder)], device="cpu", allow=["special_tokens"]))
-    with pytest.raises(ModelError, match="--allow numbers: only vocabulary, "):
-        load(ModelSettings(model=[str(folder)], device="cpu", allow=["numbers"]))
+    with pytest.raises(ValidationError, match="numbers cannot be allowed; only vocabulary, "):
+        ModelSettings(model=[str(folder)], device="cpu", allow=["numbers"])
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,11 @@ from densereward.capture import AttentionRow, Need, PrefixScores, ScoringInput
 from densereward.engines.base import TOLERANCE, Engine
 from densereward.errors import EngineFailure, ModelError
 from densereward.selfcheck import self_check
+from densereward.settings import ALLOWABLE
 
-__all__ = ["ALLOWABLE", "Finding", "drift", "examine", "refuse"]
+__all__ = ["Finding", "drift", "examine", "refuse"]
 
 Status = Literal["ok", "warning", "fail", "allowed"]
-
-ALLOWABLE = ("vocabulary", "special_tokens", "template_tokens", "doubled_bos", "spread", "parity", "dtype_drift")
 
 _WRITTEN_TOKENS = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:bos|eos)>|<(?:start|end)_of_turn>")
 _QUESTION = [{"role": "user", "content": "question"}]  # which every template that was taken has written before

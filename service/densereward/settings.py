@@ -31,7 +31,10 @@ from pydantic_settings import (
     SettingsError,
 )
 
-__all__ = ["PAIR", "ModelSettings", "ServerSettings"]
+__all__ = ["ALLOWABLE", "PAIR", "ModelSettings", "ServerSettings"]
+
+ALLOWABLE = ("vocabulary", "special_tokens", "template_tokens", "doubled_bos", "spread", "parity", "dtype_drift")
+"""Findings of `densereward check` with which a model may be served."""
 
 PAIR = "pair"
 """What requests call the pair of language models."""
@@ -123,6 +126,14 @@ class ModelSettings(BaseSettings):
         if len(self.ensembles) < len(self.ensemble):
             raise ValueError(f"two ensembles have one name: {', '.join(self.ensemble)}")
         return self
+
+    @field_validator("allow")
+    @classmethod
+    def _can_be_allowed(cls, given: list[str]) -> list[str]:
+        """Found out before a model is loaded."""
+        if unknown := sorted(set(given) - set(ALLOWABLE)):
+            raise ValueError(f"{', '.join(unknown)} cannot be allowed; only {', '.join(ALLOWABLE)}")
+        return given
 
     @field_validator("step_separator")
     @classmethod

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from densereward.align import Aligner
-from densereward.checks import ALLOWABLE, examine, refuse
+from densereward.checks import examine, refuse
 from densereward.engines import ENGINES
 from densereward.engines.base import Engine
 from densereward.errors import ModelError
@@ -54,8 +54,6 @@ def load_unchecked(settings: ModelSettings, source: str | None = None) -> tuple[
 
 
 def _examine(engine: Engine, aligner: Aligner, settings: ModelSettings, source: str) -> None:
-    if unknown := sorted(set(settings.allow) - set(ALLOWABLE)):
-        raise ModelError(f"--allow {', '.join(unknown)}: only {', '.join(ALLOWABLE)} can be allowed")
     for finding in refuse(examine(engine, aligner, settings.allow)):
         if finding.status != "ok":
             logger.warning("%s: %s: %s", source, finding.name, finding.text)
@@ -107,16 +105,18 @@ def _as_model_error(source: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a model's own code does
         logger.debug("loading %s", source, exc_info=True)
         raise ModelError(f"{source} cannot be served: {type(error).__name__}: {error}") from error
 
 
 def _load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
     sources = settings.pair_sources
-    engines: list[Any] = []
     for source in sources.values():
         _check_folder(source)
+    tokenizers = [_tokenizer(source, None) for source in sources.values()]
+    engines: list[Any] = []
+    for source, tokenizer in zip(sources.values(), tokenizers, strict=True):
         engine: Engine = ENGINES["language_model"].load(
             source,
             device=settings.device,
@@ -125,10 +125,10 @@ def _load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
             batch_tokens=settings.max_batch_tokens,
             prompt_cache=settings.prompt_cache_bytes // len(sources),
         )
-        _examine(engine, _aligner(_tokenizer(source, None), engine), settings, source)
+        _examine(engine, _aligner(tokenizer, engine), settings, source)
         engines.append(engine)
     pair: Engine = ENGINES["pair"](*engines) if len(engines) > 1 else engines[0]
-    aligners = [_aligner(_tokenizer(source, None), pair) for source in sources.values()]
+    aligners = [_aligner(tokenizer, pair) for tokenizer in tokenizers]
     if len({aligner.vocabulary.fingerprint for aligner in aligners}) > 1:
         raise ModelError(f"the tokenizers of {' and '.join(sources.values())} differ; a pair has one")
     return pair, aligners[0]

@@ -57,6 +57,10 @@ class StepWriter:
         self._separator = vocabulary.encode(separator).ids
         self._special = separator if separator != cut else None
         self._endings = {*closing_ids, vocabulary.eos_id}
+        marks = (
+            vocabulary.token_text(token) for token in self._endings if token is not None and vocabulary.is_added(token)
+        )
+        self._marks = tuple(marks)
         known = [token for token in self._separator if token < vocabulary_size]
         if not known or known != self._separator:
             raise ModelError(f"the tokenizer writes {self._separator} for {separator!r}, which is not in the model")
@@ -106,6 +110,8 @@ class StepWriter:
 
     def _of_text(self, sample: Sample) -> tuple[str, dict[str, list[Span]]]:
         response = sample.response or ""
+        if not any(mark in response for mark in self._marks):  # nearly always, and then it need not be read twice
+            return response, {}
         encoding = self._vocabulary.encode(response)
         content = self._content(encoding.ids)
         whole = response.encode()

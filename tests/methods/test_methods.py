@@ -338,6 +338,19 @@ def test_implicit_rewards_are_log_ratios_scaled_then_clipped_and_the_last_takes_
     assert given_credit.baseline == pytest.approx(-2.8 - sum(values), abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["steps", "implicit"])
+def test_rewards_of_steps_and_ratios_scale_with_them_and_a_constant_in_the_reward_is_left_out(name: str) -> None:
+    def rewards(factor: float, constant: float) -> Credit:
+        values = np.array([0.5, -1.0, 1.5], np.float32) * np.float32(factor)
+        captured = Captured(factor * 2.0 + constant, 3, step_scores=values, log_ratios=values)
+        return credit(name, captured, Response(3, 3, steps=[1, 2, 3]))
+
+    plain, scaled, moved = rewards(1, 0), rewards(4, 0), rewards(1, 8)
+    np.testing.assert_allclose(scaled.rewards, 4 * plain.rewards, rtol=1e-6)
+    np.testing.assert_allclose(moved.rewards, plain.rewards)
+    assert moved.baseline - plain.baseline == pytest.approx(8.0)
+
+
 @pytest.mark.parametrize(
     ("params", "rewards", "baseline"),
     [

@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedModel
 
@@ -84,19 +84,22 @@ class GatedHead(ScoreHead):
         """
         raise ModelError(f"{self.name} reads a score in two places")
 
-    def parts(self, hidden: Float[Tensor, "M E"], at_gate: Float[Tensor, "M E"]) -> Float32[Tensor, "K M"]:
+    def parts(
+        self, hidden: Float[Tensor, "M E"], gates: Float[Tensor, "B E"], owner: Int64[Tensor, " M"]
+    ) -> Float32[Tensor, "K M"]:
         """What each of K objectives adds to the scores at M positions; their sum is the score.
 
         Args:
             hidden: where they are read.
-            at_gate: where the gate is, for each.
+            gates: where the gates are, one a sequence.
+            owner: the sequence of each position.
         """
         quantiles = in_float32(self._objectives, hidden).unflatten(1, (len(self._mixing), -1))
         objectives = quantiles.mean(dim=2) @ self._mixing.float()
-        parts: Float32[Tensor, "M K"] = self._weights(at_gate) * objectives
+        parts: Float32[Tensor, "M K"] = self._weights(gates)[owner] * objectives
         return parts.T
 
-    def _weights(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, "M K"]:
+    def _weights(self, hidden: Float[Tensor, "B E"]) -> Float32[Tensor, "B K"]:
         values: Tensor = hidden.float()
         linear = [each for each in self._gating.layers if isinstance(each, nn.Linear)]
         normalised = len(linear) < len(self._gating.layers)

@@ -185,8 +185,8 @@ class TorchEngine:
         hidden, rows = self._passes.reference(self._model, sequence)
         with torch.inference_mode():
             if isinstance(self._head, GatedHead):
-                gate = hidden[[sequence.gate]].expand_as(hidden)
-                scores = self._head.parts(hidden, gate).sum(dim=0).cpu().numpy()
+                owner = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+                scores = self._head.parts(hidden, hidden[[sequence.gate]], owner).sum(dim=0).cpu().numpy()
             else:
                 scores = self._head.scores(hidden).cpu().numpy()
         start, stop = sequence.prompt_length, sequence.response_stop

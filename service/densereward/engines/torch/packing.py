@@ -124,7 +124,7 @@ class PackedBatch:
         grows: places whose keys are kept, and what they are added to.
         read: every place the head is read at, piece after piece.
         following: the token after each, for a head that judges it; otherwise empty.
-        gates: where the gate of its sequence is read, for each.
+        gates: where each piece's gate is read.
         rows_of: indices of the pieces of whose scored tokens rows are kept.
         row_needs: the rows, of any of them, with layers counted from 0.
         row_keys: keys that scored tokens can look at, row after row.
@@ -146,7 +146,7 @@ class PackedBatch:
     grows: list[tuple[range, KeptKeys]]
     read: Int64[Tensor, " _"]
     following: Int64[Tensor, " _"]
-    gates: Int64[Tensor, " _"]
+    gates: Int64[Tensor, " B"]
     rows_of: list[int]
     row_needs: frozenset[AttentionRow | Contributions]
     row_keys: Int64[Tensor, " K"]
@@ -203,7 +203,7 @@ def pack(
         key_positions,
         np.concatenate([each.reads for each in row.placed]),
         np.concatenate([each.following for each in row.placed]),
-        np.repeat([each.gate for each in row.placed], [len(each.read_slots) for each in row.placed]),
+        np.array([each.gate for each in row.placed], dtype=np.int64),
         np.concatenate([*keys, _places(_NOWHERE)]),
         np.repeat(np.arange(len(keys)), [len(each) for each in keys]),
         np.array([each.scored for each in rows], dtype=np.int64),

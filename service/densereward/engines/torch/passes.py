@@ -96,9 +96,8 @@ class Passes:
         except EngineFailure as failure:
             raise ModelError(f"{self._family} cannot be packed: {failure.message}") from failure
         config = self._config.get_text_config()
-        strange = {kind for kind in getattr(config, "layer_types", None) or () if not kind.endswith("attention")}
-        strange |= {kind for kind in getattr(config, "layer_types", None) or () if kind.startswith("linear")}
-        if strange:
+        kinds = getattr(config, "layer_types", None) or ()
+        if strange := {kind for kind in kinds if kind.startswith("linear") or not kind.endswith("attention")}:
             raise ModelError(f"{self._family} has layers of type {', '.join(sorted(strange))}, which cannot be packed")
 
     def reference(self, model: Any, sequence: ScoringInput) -> tuple[Float[Tensor, "S E"], Float32[Tensor, "A S"]]:
@@ -165,8 +164,9 @@ class Passes:
     ) -> tuple[Float32[Tensor, " M"], Float32[Tensor, "K M"]]:
         """What the head says at every read place; of a gated one, which looks at the gates too, also the parts."""
         if isinstance(self._head, GatedHead):
-            gates, which = packed.gates.unique(return_inverse=True)
-            parts = self._head.parts(hidden[packed.read], hidden[gates][which])
+            reads_each = torch.tensor([len(each.read_slots) for each in packed.placed], device=self._device)
+            owner = torch.arange(len(reads_each), device=self._device).repeat_interleave(reads_each)
+            parts = self._head.parts(hidden[packed.read], hidden[packed.gates], owner)
             return parts.sum(dim=0), parts if self._wants_objectives(packed) else parts[:0]
         reads = self._head.read(hidden[packed.read], packed.following)
         return reads, reads.new_zeros(0, len(reads))
