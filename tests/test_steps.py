@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
+from densereward.capture import Steps
 from densereward.errors import InvalidRequest, ModelError
 from densereward.steps import InSteps, StepWriter
 from densereward.tokens import Vocabulary
@@ -21,7 +22,7 @@ def bytes_of(text: str, spans: list[tuple[int, int]]) -> list[str]:
 
 
 def writer(cut: str = "\n\n", separator: str = "<|im_start|>") -> StepWriter:
-    return StepWriter(VOCABULARY, cut, separator, CLOSING, 320)
+    return StepWriter(VOCABULARY, Steps(cut, separator), CLOSING, 320)
 
 
 def in_steps(text: str, cut: str = "\n\n", separator: str = "<|im_start|>") -> InSteps:
@@ -76,7 +77,7 @@ def test_closing_tokens_at_the_end_are_no_part_of_the_last_step(end: str) -> Non
 
 def test_ids_of_a_tokenizer_that_writes_a_blank_before_every_text_are_read_as_that_text() -> None:
     vocabulary = Vocabulary(tiny.make_sentencepiece_style_tokenizer())
-    reader = StepWriter(vocabulary, "\n", "\n", [], 1000)
+    reader = StepWriter(vocabulary, Steps("\n", "\n"), [], 1000)
     ids = vocabulary.encode("Thank you").ids
     sample = reader.as_text(Sample(prompt="", response_token_ids=ids))
     assert sample.response == "Thank you"
@@ -95,7 +96,7 @@ def test_a_separator_that_the_tokenizer_does_not_know_is_refused() -> None:
     with pytest.raises(ModelError, match="does not know '<extra_0>' as a token of its own"):
         writer("\n\n", "<extra_0>")
     with pytest.raises(ModelError, match="which is not in the model"):
-        StepWriter(VOCABULARY, "\n", "\n", [], 10)
+        StepWriter(VOCABULARY, Steps("\n", "\n"), [], 10)
 
 
 @given(st.text(st.sampled_from("ab é😀\n"), min_size=1).filter(str.strip), st.sampled_from(["\n", "\n\n"]))

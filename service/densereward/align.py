@@ -5,14 +5,14 @@ Which position is scored comes from lengths held here, never from searching a pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from densereward.capture import Need, ScoringInput, Span, missing_closing
+from densereward.capture import Need, ScoringInput, Span, Steps, missing_closing
 from densereward.chat import ChatTemplate
 from densereward.cuts import Cuts
 from densereward.errors import InvalidRequest, ModelError, TooLong
@@ -68,8 +68,10 @@ class Aligner:
         vocabulary_size: token ids are below it.
         needs_prompt: whether an empty prompt is refused.
         unit: what the model scores.
-        cut, separator: how steps are written, where that is what it scores.
+        steps: how steps are written, where that is what it scores.
         gate: what prompts must end with, for a model that reads where that begins.
+        score_token: what is written behind all that closes a response, where the score is read there.
+        tokens: ids that the tokenizer must give these tokens.
 
     Raises:
         ModelError: the tokenizer or its template cannot be used.
@@ -83,12 +85,14 @@ class Aligner:
         *,
         needs_prompt: bool = False,
         unit: str = "sequence",
-        cut: str | None = None,
-        separator: str | None = None,
+        steps: Steps | None = None,
         gate: str | None = None,
+        score_token: int | None = None,
+        tokens: Mapping[str, int] | None = None,
     ) -> None:
         self.vocabulary = Vocabulary(tokenizer)
-        self.template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        plain = steps is not None and steps.joint is not None
+        self.template = ChatTemplate(tokenizer) if tokenizer.chat_template and not plain else None
         self.max_length = max_length
         self._vocabulary_size = vocabulary_size
         self._needs_prompt = needs_prompt
@@ -98,6 +102,8 @@ class Aligner:
             self.closing_ids = self.vocabulary.suffix_ids
         else:
             self.closing_ids = self.vocabulary.encode(self.template.closing).ids
+        self._ending = [] if score_token is None else [score_token]
+        self.closing_ids = [*self.closing_ids, *self._ending]
         blank = self.vocabulary.encode(" ").ids
         self._blank_id = blank[0] if len(blank) == 1 else None
         if outside := [token for token in self.closing_ids if token >= vocabulary_size]:
@@ -105,13 +111,22 @@ class Aligner:
                 f"the tokenizer closes a response with {outside}, and the model has {vocabulary_size} tokens; it is "
                 "another model's tokenizer"
             )
+        self._check_tokens(tokens or {})
         self._steps = None
-        if cut is not None and separator is not None:
-            self._steps = StepWriter(self.vocabulary, cut, separator, self.closing_ids, vocabulary_size)
+        if steps is not None:
+            self._steps = StepWriter(self.vocabulary, steps, self.closing_ids, vocabulary_size)
         # TRL's PRMTrainer, whose separator is what it cuts at, writes a BOS wherever there is one.
-        self._always_bos = separator is not None and separator == cut and self.vocabulary.bos_id is not None
+        self._always_bos = steps is not None and steps.separator == steps.cut and self.vocabulary.bos_id is not None
         if unit != "sequence":
             self.closing_ids = []  # nothing is read behind the last token or step
+
+    def _check_tokens(self, tokens: Mapping[str, int]) -> None:
+        for token, expected in tokens.items():
+            if (found := self.vocabulary.id_of(token)) != expected:
+                raise ModelError(
+                    f"the tokenizer has {found} for {token!r} and the model was trained with {expected}; it is another "
+                    "model's tokenizer"
+                )
 
     @property
     def adds_bos(self) -> bool:
@@ -152,7 +167,7 @@ class Aligner:
         return Aligned(sequence, slots, response, text.spans, text.warnings, dropped=dropped)
 
     def _sequence(self, sample: Sample, text: _Text, needs: frozenset[Need]) -> ScoringInput:
-        closing = missing_closing(text.response_ids, self.closing_ids) if sample.finished else []
+        closing = missing_closing(text.response_ids, self.closing_ids) if sample.finished else self._ending
         token_ids = [*text.prompt_ids, *text.response_ids, *closing]
         self._check_vocabulary(token_ids)
         return ScoringInput(
@@ -164,6 +179,7 @@ class Aligner:
             needs=needs,
             steps=[len(text.prompt_ids) + stop - 1 for stop in text.steps],
             gate=self._gate_in(text.prompt_ids),
+            ending=self._ending,
         )
 
     def _gate_in(self, prompt_ids: list[int]) -> int:
@@ -235,12 +251,14 @@ class Aligner:
         if sample.prompt_token_ids is not None:
             prompt_text, prompt_ids = None, list(sample.prompt_token_ids)
         else:
-            prompt_text = self._prompt_text(sample)
+            prompt_text = self._joined(self._prompt_text(sample))
             bare_ids = self.vocabulary.prompt_ids(prompt_text)
             prompt_ids = self._with_bos(sample, bare_ids)
         if sample.response_token_ids is not None:
             response_ids = list(sample.response_token_ids)
             text = _Text(prompt_ids, response_ids, self.vocabulary.spans_of_ids(response_ids))
+        elif self._steps is not None and self._steps.whole:
+            text = self._in_whole(sample, prompt_text, prompt_ids)
         elif self._steps is not None:
             written = self._steps.write(sample.response or "")
             text = _Text(prompt_ids, written.ids, written.spans, written.stops)
@@ -251,6 +269,23 @@ class Aligner:
         if self._unit == "token":
             text.steps = range(1, len(text.response_ids) + 1)
         text.warnings.extend(self._notices(sample, text))
+        return text
+
+    def _joined(self, prompt: str) -> str:
+        """A prompt as it stands before steps that are tokenised by themselves."""
+        return prompt if self._steps is None else self._steps.joined(prompt)
+
+    def _in_whole(self, sample: Sample, prompt: str | None, prompt_ids: list[int]) -> _Text:
+        """A response with its separators, read together with the prompt where that is text."""
+        if self._steps is None:
+            raise ModelError("the model does not judge steps")
+        prompt, written, places = self._steps.written(prompt, sample.response or "")
+        if prompt is None:
+            text = self._apart(prompt_ids, written)
+        else:
+            text = self._together(sample, prompt, self.vocabulary.prompt_ids(prompt), written)
+        text.steps = self._steps.stops(text.response_ids, sample.response or "")
+        text.spans = places.of(text.spans or [])
         return text
 
     def _prompt_text(self, sample: Sample) -> str:

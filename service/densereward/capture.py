@@ -34,12 +34,33 @@ __all__ = [
     "ScoringInput",
     "Span",
     "StepScores",
+    "Steps",
     "Variants",
     "missing_closing",
 ]
 
 Span = tuple[int, int]
 """[start, end) in UTF-8 bytes of the response."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """How a response is written for a model that judges its steps.
+
+    Attributes:
+        cut: what stands between two steps in a response.
+        separator: what is written after each step for the model, whose last token is where the step is judged.
+        blank: whether steps without a letter are judged, too.
+        whole: whether prompt and response, separators and cuts in it, are read as one text; otherwise each step is
+            tokenised by itself and the separator stands in the cut's place.
+        joint: what stands between prompt and response, for a family that reads no chat template.
+    """
+
+    cut: str
+    separator: str
+    blank: bool = False
+    whole: bool = False
+    joint: str | None = None
 
 
 PrefixMode = Literal["open", "closed"]
@@ -144,7 +165,7 @@ class ScoringInput:
     matter of its own. Closed prefixes are scored before the response and after each of its tokens, or only after
     the numbers of tokens that `boundaries` lists, in order, the whole response among them. `steps` are the positions
     at which a model that judges steps, or single tokens, is read; `gate` is where one that weighs objectives by the
-    prompt reads that.
+    prompt reads that. `ending` is what is written behind a response that is not closed, since the score is read there.
     """
 
     token_ids: Sequence[int]
@@ -156,6 +177,7 @@ class ScoringInput:
     boundaries: Sequence[int] | None = None
     steps: Sequence[int] = ()
     gate: int = 0
+    ending: Sequence[int] = ()
 
     @property
     def response_stop(self) -> int:
@@ -193,7 +215,7 @@ class ScoringInput:
 
     def with_response(self, ids: Sequence[int], *, finished: bool) -> ScoringInput:
         """Another response to the same prompt, of which only the score is needed."""
-        closing = missing_closing(ids, self.closing_ids) if finished else []
+        closing = missing_closing(ids, self.closing_ids) if finished else self.ending
         token_ids = [*self.token_ids[: self.prompt_length], *ids, *closing]
         return ScoringInput(token_ids, self.prompt_length, len(ids), len(token_ids) - 1, gate=self.gate)
 

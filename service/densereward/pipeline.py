@@ -295,8 +295,8 @@ class Pipeline:
             max_length=aligner.max_length,
             closing_token_ids=aligner.closing_ids,
             adds_bos=aligner.adds_bos,
-            step_cut=facts.cut,
-            step_separator=facts.separator,
+            step_cut=None if facts.steps is None else facts.steps.cut,
+            step_separator=None if facts.steps is None else facts.steps.separator,
             notice=facts.notice,
             prefix_modes=[mode for mode in PREFIX_MODES if PrefixScores(mode) in self._engine.provides],
             tokenizer_fingerprint=aligner.vocabulary.fingerprint,
@@ -307,7 +307,7 @@ class Pipeline:
     def _fingerprint(self) -> str:
         card = self.card
         model = (self._engine.facts.weights_fingerprint, card.dtype, card.engine, card.head, __version__)
-        written = (self._engine.facts.unit, self._engine.facts.cut, self._engine.facts.separator)
+        written = (self._engine.facts.unit, self._engine.facts.steps)
         identity = (*model, *written, card.tokenizer_fingerprint, card.template_fingerprint, card.closing_token_ids)
         return f"fp-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
 

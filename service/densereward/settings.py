@@ -70,7 +70,7 @@ class ModelSettings(BaseSettings):
         description="policy=SOURCE,reference=SOURCE: two causal language models, served as the model `pair`, which "
         "give any other model the methods `implicit` and `contrastive`; policy=SOURCE alone gives only the latter.",
     )
-    head: Literal["nemotron"] | None = Field(
+    head: Literal["nemotron", "math_shepherd"] | None = Field(
         None, description="How models are read that nothing in their files tells from language models."
     )
     step_separator: str | None = Field(

@@ -147,9 +147,10 @@ def _aligner(tokenizer: object, engine: Engine) -> Aligner:
         facts.vocabulary_size,
         needs_prompt=facts.needs_prompt,
         unit=facts.unit,
-        cut=facts.cut,
-        separator=facts.separator,
+        steps=facts.steps,
         gate=facts.gate,
+        score_token=facts.score_token,
+        tokens=facts.tokens,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from densereward.capture import Span
+from densereward.capture import Span, Steps
 from densereward.errors import InvalidRequest, ModelError
 from densereward.tokens import Vocabulary
 from densereward_client.wire import Sample
@@ -35,13 +35,33 @@ class InSteps:
     stops: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where each byte of a text that was written anew comes from: [start, end) in the response."""
+
+    each: list[Span]
+
+    def of(self, spans: Sequence[Span]) -> list[Span]:
+        """Where spans of the written text come from."""
+        last = self.each[-1][1] if self.each else 0
+        return [
+            (self.each[start][0], max(end for _, end in self.each[start:stop])) if start < stop else (last, last)
+            for start, stop in spans
+        ]
+
+
+def _last_byte(step: str, begin: int) -> Span:
+    """That of a step's last letter, or the line break before a step without one."""
+    end = max(begin + len(step.rstrip().encode()), 1)
+    return (end - 1, end)
+
+
 class StepWriter:
     """Writes responses for one model.
 
     Args:
         vocabulary: the model's.
-        cut: what stands between steps; its line breaks may be of either kind.
-        separator: what is written after each.
+        steps: how they are written; line breaks between them may be of either kind.
         closing_ids: what the model's template writes after a response, which is no part of the last step.
         vocabulary_size: token ids are below it.
 
@@ -49,13 +69,13 @@ class StepWriter:
         ModelError: the tokenizer cannot write the separator.
     """
 
-    def __init__(
-        self, vocabulary: Vocabulary, cut: str, separator: str, closing_ids: Sequence[int], vocabulary_size: int
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, steps: Steps, closing_ids: Sequence[int], vocabulary_size: int) -> None:
         self._vocabulary = vocabulary
-        self._cut = re.compile("\r?\n".join(map(re.escape, cut.split("\n"))))
-        self._separator = vocabulary.encode(separator).ids
-        self._special = separator if separator != cut else None
+        self._written = steps
+        self._cut = re.compile("\r?\n".join(map(re.escape, steps.cut.split("\n"))))
+        separator = steps.separator
+        self._separator = vocabulary.encode(separator.strip() if steps.whole else separator).ids
+        self._special = separator if separator != steps.cut else None
         self._endings = {*closing_ids, vocabulary.eos_id}
         marks = (
             vocabulary.token_text(token) for token in self._endings if token is not None and vocabulary.is_added(token)
@@ -64,30 +84,72 @@ class StepWriter:
         known = [token for token in self._separator if token < vocabulary_size]
         if not known or known != self._separator:
             raise ModelError(f"the tokenizer writes {self._separator} for {separator!r}, which is not in the model")
-        if self._special is not None and not (len(known) == 1 and vocabulary.is_added(known[0])):
+        if self._special is not None and not (len(known) == 1 and (steps.whole or vocabulary.is_added(known[0]))):
             raise ModelError(
                 f"the tokenizer does not know {separator!r} as a token of its own; it is another model's tokenizer"
             )
 
+    @property
+    def whole(self) -> bool:
+        """Whether prompt and response are read as one text."""
+        return self._written.whole
+
+    def joined(self, prompt: str) -> str:
+        """A prompt with what stands between it and the first step, where that is tokenised by itself."""
+        joint = self._written.joint
+        return prompt if joint is None or self.whole or prompt[-1:].isspace() else prompt + joint
+
     def write(self, response: str) -> InSteps:
-        """Cut a response that holds some letter, and write it step by step; steps of white space alone are none."""
+        """Cut a response that holds some letter, and write it step by step."""
         written = InSteps([], [], [])
         for step, begin in self._steps(response):
             encoding = self._vocabulary.encode(step)
             spans = self._vocabulary.spans_in_text(step, encoding)
-            end = begin + len(step.rstrip().encode())
             written.ids.extend([*encoding.ids, *self._separator])
             written.spans.extend((begin + start, begin + stop) for start, stop in spans)
-            written.spans.extend([(end - 1, end)] * len(self._separator))
+            written.spans.extend([_last_byte(step, begin)] * len(self._separator))
             written.stops.append(len(written.ids))
         return written
+
+    def written(self, prompt: str | None, response: str) -> tuple[str | None, str, Places]:
+        """Prompt and response to be read as one text, separators in it, and where the response's bytes come from.
+
+        Blanks at the prompt's end go to the response, since tokens begin with those before them.
+        """
+        bare = None if prompt is None else prompt.rstrip(" ")
+        joined = not prompt or prompt[-1].isspace() or response[:1].isspace()
+        text = (prompt or "")[len(bare or "") :] if joined else self._written.joint or ""
+        spans = [(0, 0)] * len(text.encode())
+        reached = 0
+        for step, begin in self._steps(response):
+            end = begin + len(step.encode())
+            text += response.encode()[reached:end].decode() + self._written.separator
+            spans += [(place, place + 1) for place in range(reached, end)]
+            spans += [_last_byte(step, begin)] * len(self._written.separator.encode())
+            reached = end
+        return bare, text, Places(spans)
+
+    def stops(self, ids: Sequence[int], response: str) -> list[int]:
+        """Tokens before the end of each step, in a response that was read as one text.
+
+        Raises:
+            InvalidRequest: the separators are not where they were written.
+        """
+        stops = [place + 1 for place, token in enumerate(ids) if token == self._separator[-1]]
+        if len(stops) != len(list(self._steps(response))):
+            raise InvalidRequest(
+                f"the response holds the token that {self._written.separator!r} is, which stands for the end of a step",
+                code="separator_in_response",
+                field="response",
+            )
+        return stops
 
     def _steps(self, response: str) -> Iterator[tuple[str, int]]:
         """Each step, and the byte it begins at."""
         begins = [0, *(match.end() for match in self._cut.finditer(response))]
         ends = [*(match.start() for match in self._cut.finditer(response)), len(response)]
         for begin, end in zip(begins, ends, strict=True):
-            if response[begin:end].strip():
+            if self._written.blank or response[begin:end].strip():
                 yield response[begin:end], len(response[:begin].encode())
 
     def as_text(self, sample: Sample) -> Sample:

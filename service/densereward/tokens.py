@@ -95,6 +95,11 @@ class Vocabulary:
         """One more than the largest id."""
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as the vocabulary has it; None where it has none."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
     def is_added(self, token_id: int) -> bool:
         """Whether a token stands beside the vocabulary that texts are cut into: special tokens do."""
         return token_id in self._added

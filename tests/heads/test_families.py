@@ -70,6 +70,11 @@ def two(name: str) -> Callable[[Layers, Tensor], Tensor]:
     return lambda layers, hidden: mlp(layers[f"{name}.0"], layers[f"{name}.2"], hidden)[:, 0]
 
 
+def selu_layers(name: str, layers: Layers, hidden: Tensor) -> Tensor:
+    result: Tensor = layers[f"{name}.4"](torch.selu(layers[f"{name}.2"](torch.selu(layers[f"{name}.0"](hidden)))))
+    return result
+
+
 torch.manual_seed(0)
 TWO = {"0": linear(HIDDEN), "2": linear(1)}
 FAMILIES = {
@@ -152,6 +157,15 @@ FAMILIES = {
         "qwen2",
         {f"score.{name}": layer for name, layer in TWO.items()},
         two("score"),
+    ),
+    "URM": Family(
+        "urm",
+        "LlamaForSequenceClassificationWithNormal_Weights",
+        "llama",
+        {"score": linear(10, bias=False)} | {f"weights.fc.{i}": linear(out) for i, out in ((0, 64), (2, 64), (4, 5))},
+        lambda layers, hidden: (
+            layers["score"](hidden).view(-1, 5, 2)[:, :, 0] * selu_layers("weights.fc", layers, hidden)
+        ).sum(dim=-1),
     ),
     "Beaver reward": Family(
         "beaver",
@@ -271,7 +285,8 @@ def test_what_is_of_no_family_is_refused_by_name(architecture: str, message: str
 
 def test_every_head_says_which_families_have_it_and_is_tried_here() -> None:
     assert all(HEADS[name].families for name in HEADS)
-    elsewhere = {"bradley_terry", "gated", "nemotron", "token_classifier", "process"}  # tests of their own
+    elsewhere = {"bradley_terry", "gated", "nemotron", "token_classifier", "process", "internlm2"}
+    elsewhere |= {"step_value", "math_shepherd"}  # these have tests of their own
     assert {family.head for family in FAMILIES.values()} | elsewhere == set(HEADS)
 
 

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import tiny
+from densereward.capture import Steps
 from densereward.engines.torch.engine import TorchEngine
 from densereward.errors import ModelError
 from densereward.selfcheck import self_check
@@ -23,7 +24,7 @@ def test_it_is_loaded_without_its_code_and_steps_are_written_as_the_family_does(
     self_check(engine)
     facts = engine.facts
     assert (facts.family, facts.head, facts.unit) == ("Qwen2ForProcessRewardModel", "process", "step")
-    assert (facts.cut, facts.separator) == ("\n\n", "<extra_0>")
+    assert facts.steps == Steps("\n\n", "<extra_0>")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
-from densereward.capture import Captured, Need, ScoringInput
+from densereward.capture import Captured, Need, ScoringInput, Steps
 
 __all__ = ["TOLERANCE", "Engine", "EngineFacts"]
 
@@ -32,10 +32,11 @@ class EngineFacts:
         pair_cost: what one query looking at one key costs, in tokens' worth of matrix products.
         weights_fingerprint: changes when a weight does.
         unit: what the head scores: a sequence (and likewise any prefix of it), a token, or a step.
-        cut, separator: what stands between steps in a response, and what is written after each for the model to judge
-            it; None where the unit is no step.
+        steps: how steps are written; None where the unit is no step.
         gate: what prompts must end with, for a model that weighs objectives by what it reads where that begins.
         notice: what an operator must know of the scores; None where they are rewards as they stand.
+        score_token: what is written behind all that closes a response, where the score is read there.
+        tokens: what the head takes some ids for, which the tokenizer must agree with.
         special_ids: the model's own BOS and EOS ids by "bos" and "eos", as far as its config names them.
         needs_prompt: whether nothing can be said of a response to an empty prompt.
     """
@@ -52,10 +53,11 @@ class EngineFacts:
     pair_cost: float
     weights_fingerprint: str
     unit: Literal["sequence", "token", "step"] = "sequence"
-    cut: str | None = None
-    separator: str | None = None
+    steps: Steps | None = None
     gate: str | None = None
     notice: str | None = None
+    score_token: int | None = None
+    tokens: Mapping[str, int] = field(default_factory=dict)
     special_ids: Mapping[str, frozenset[int]] = field(default_factory=dict)
     needs_prompt: bool = False
 

@@ -12,6 +12,9 @@ __all__ = ["HEADS", "head_for"]
 HEADS = Table(
     "head",
     {
+        "internlm2": "densereward.heads.internlm2:InternLM2Head",
+        "urm": "densereward.heads.urm:UrmHead",
+        "step_value": "densereward.heads.step_value:StepValueHead",
         "process": "densereward.heads.process:ProcessHead",
         "token_classifier": "densereward.heads.token_classifier:TokenClassifierHead",
         "gated": "densereward.heads.gated:GatedHead",
@@ -22,6 +25,7 @@ HEADS = Table(
         "value_head": "densereward.heads.value_head:ValueHead",
         "v_head": "densereward.heads.v_head:VHead",
         "mlp": "densereward.heads.mlp:MlpHead",
+        "math_shepherd": "densereward.heads.math_shepherd:MathShepherdHead",
         "nemotron": "densereward.heads.nemotron:NemotronHead",
         "bradley_terry": "densereward.heads.bradley_terry:BradleyTerryHead",
     },

@@ -13,9 +13,10 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedModel
 
+from densereward.capture import Steps
 from densereward.errors import ModelError
 
-__all__ = ["Checkpoint", "Head", "LayersHead", "ScoreHead", "Steps", "decoder_with", "good_label", "in_float32"]
+__all__ = ["Checkpoint", "Head", "LayersHead", "ScoreHead", "decoder_with", "good_label", "in_float32"]
 
 Unit = Literal["sequence", "token", "step"]
 
@@ -42,19 +43,6 @@ class Checkpoint:
     def holds(self, name: str) -> bool:
         """Whether there is a weight of this name, under whatever prefix."""
         return any(each == name or each.endswith("." + name) for each in self.shapes)
-
-
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """How a response is written for a model that judges its steps.
-
-    Attributes:
-        cut: what stands between two steps in a response.
-        separator: what is written after each step for the model, whose last token is where the step is judged.
-    """
-
-    cut: str
-    separator: str
 
 
 class Head(ABC):
@@ -86,6 +74,8 @@ class ScoreHead(Head):
         gate: what prompts must end with, for a head that also reads where that begins (`heads.gated`).
         renamed: patterns of weights' names in its checkpoints, and what they are called here.
         notice: what an operator must know of its scores; None where they are rewards as they stand.
+        score_token: what is written behind a response and all that closes it, for a family that is read there.
+        tokens: what the head takes some ids for, which the tokenizer must agree with.
     """
 
     families: ClassVar[str]
@@ -94,6 +84,8 @@ class ScoreHead(Head):
     gate: ClassVar[str | None] = None
     renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
     notice: str | None = None
+    score_token: int | None = None
+    tokens: ClassVar[Mapping[str, int]] = {}
 
     @classmethod
     @abstractmethod
@@ -175,15 +167,15 @@ class LayersHead(ScoreHead):
         return self.logits(hidden)[:, 0]
 
 
-def decoder_with(checkpoint: Checkpoint, layer: str) -> Any:
-    """A model class: the decoder of the config's family, and linear layers under the name that a checkpoint gives them.
+def decoder_with(checkpoint: Checkpoint, *layers: str) -> Any:
+    """A model class: the decoder of the config's family, and linear layers under the names that a checkpoint has.
 
     Raises:
         ModelError: the checkpoint has no such layers, or transformers has no such decoder.
     """
-    found = _linear_layers(checkpoint, layer)
-    if not found:
-        raise ModelError(f"the checkpoint has no weights called {layer}")
+    found = {layer: _linear_layers(checkpoint, layer) for layer in layers}
+    if missing := [layer for layer in layers if not found[layer]]:
+        raise ModelError(f"the checkpoint has no weights called {missing[0]}")
     if type(checkpoint.config) not in MODEL_MAPPING:
         raise ModelError(f"transformers has no decoder for {checkpoint.config.model_type}")
     decoder: Any = MODEL_MAPPING[type(checkpoint.config)]
@@ -193,12 +185,13 @@ def decoder_with(checkpoint: Checkpoint, layer: str) -> Any:
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             setattr(self, self.base_model_prefix, decoder(config))
-            *parents, name = layer.split(".")
-            holder: nn.Module = self
-            for parent in parents:
-                setattr(holder, parent, nn.Module())
-                holder = getattr(holder, parent)
-            setattr(holder, name, _layers_like(found))
+            for layer in layers:
+                *parents, name = layer.split(".")
+                holder: nn.Module = self
+                for parent in parents:
+                    setattr(holder, parent, nn.Module())
+                    holder = getattr(holder, parent)
+                setattr(holder, name, _layers_like(found[layer]))
             self.post_init()
 
     DecoderWithHead.__name__ = checkpoint.architecture or decoder.__name__ + "WithHead"

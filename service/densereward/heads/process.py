@@ -11,7 +11,8 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from densereward.heads.base import Checkpoint, LayersHead, Steps, good_label
+from densereward.capture import Steps
+from densereward.heads.base import Checkpoint, LayersHead, good_label
 
 __all__ = ["ProcessHead"]
 

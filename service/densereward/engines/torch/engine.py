@@ -26,6 +26,7 @@ from densereward.capture import (
     PrefixScores,
     ReceivedAttention,
     ScoringInput,
+    Steps,
     StepScores,
     Variants,
 )
@@ -36,7 +37,7 @@ from densereward.engines.torch.packing import counted_from_0
 from densereward.engines.torch.passes import Passes, Result
 from densereward.engines.torch.pieces import write_out
 from densereward.errors import EngineFailure
-from densereward.heads.base import ScoreHead, Steps
+from densereward.heads.base import ScoreHead
 from densereward.heads.bradley_terry import BradleyTerryHead
 from densereward.heads.gated import GatedHead
 
@@ -78,8 +79,9 @@ class TorchEngine:
         self.facts = replace(
             facts_of(model, self._head.name, longest, batch_tokens),
             unit=self._head.unit if steps is None else "step",
-            cut=None if steps is None else steps.cut,
-            separator=None if steps is None else steps.separator,
+            steps=steps,
+            score_token=self._head.score_token,
+            tokens=self._head.tokens,
             notice=self._head.notice,
             gate=self._head.gate,
         )

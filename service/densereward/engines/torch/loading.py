@@ -37,8 +37,11 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 # Weights that published checkpoints carry and no reward needs: the language model's head, buffers of older versions.
 _UNREAD = re.compile(r"(^|\.)(lm_head|embed_out)\.|\.rotary_emb\.|\.masked_bias$|\.attn\.bias$|\.attention\.bias$")
 
-# Types of config that say no more than transformers' own of another name.
-_SAME_CONFIG = {"gpt_neox_reward_model": "gpt_neox"}
+# Types of config that say no more than transformers' own of another name, and what has another name in them.
+_SAME_CONFIG: dict[str, tuple[str, dict[str, str]]] = {
+    "gpt_neox_reward_model": ("gpt_neox", {}),
+    "internlm2": ("llama", {"bias": "attention_bias"}),
+}
 
 # Their rotary factors change with the longest sequence in the batch, so only the range before that is served.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -121,9 +124,11 @@ def _config(source: str, revision: str | None) -> PretrainedConfig:
     """The config; code that comes with a model is never run."""
     try:
         written, _ = PretrainedConfig.get_config_dict(source, revision=revision)
-        if (kind := _SAME_CONFIG.get(written.get("model_type", ""))) is not None:
-            written["model_type"] = kind
-            return AutoConfig.for_model(**written)
+        if (same := _SAME_CONFIG.get(written.get("model_type", ""))) is not None:
+            kind, renamed = same
+            return AutoConfig.for_model(
+                **{renamed.get(key, key): value for key, value in written.items()} | {"model_type": kind}
+            )
         config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # a model's files can break the loader in any way; the operator needs one message
         raise ModelError(f"cannot load {source}: {error}") from error

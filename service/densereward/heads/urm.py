@@ -1,0 +1,65 @@
+"""URM: a mean and a spread of each attribute, and weights for the attributes that come from the same hidden state.
+
+    score(t) = sum_k weights(h_t)_k * mean_k(h_t)
+
+`score` gives mean and spread of each attribute side by side; `weights` is Linear, SELU, Linear, SELU, Linear. The
+spread has no part in the score.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from densereward.errors import ModelError
+from densereward.heads.base import Checkpoint, ScoreHead, decoder_with, in_float32
+
+__all__ = ["UrmHead"]
+
+
+class UrmHead(ScoreHead):
+    """Attributes and the layers that weigh them.
+
+    Raises:
+        ModelError: there are not as many weights as means.
+    """
+
+    name = "urm"
+    families = "URM"
+
+    @classmethod
+    def fits(cls, checkpoint: Checkpoint) -> bool:
+        """There are layers that weigh what `score` gives."""
+        return checkpoint.holds("weights.fc.0.weight") and checkpoint.holds("score.weight")
+
+    @classmethod
+    def model_class(cls, checkpoint: Checkpoint) -> Any:
+        """The decoder with both on it."""
+        return decoder_with(checkpoint, "score", "weights.fc")
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        parts: Any = model
+        self._attributes: nn.Linear = parts.score
+        self._weights = [each for each in parts.weights.fc if isinstance(each, nn.Linear)]
+        if self._attributes.out_features != 2 * self._weights[-1].out_features:
+            raise ModelError(
+                f"{self._weights[-1].out_features} weights are not for the means and spreads of "
+                f"{self._attributes.out_features / 2:g} attributes"
+            )
+
+    def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
+        """The weighted means."""
+        return self.parts(hidden).sum(dim=0)
+
+    def parts(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, "K M"]:
+        """What each of K attributes adds to the scores at M positions; their sum is the score."""
+        means = in_float32(self._attributes, hidden)[:, ::2]
+        weights: Tensor = hidden.float()
+        for each in self._weights[:-1]:
+            weights = torch.selu(in_float32(each, weights))
+        parts: Float32[Tensor, "M K"] = means * in_float32(self._weights[-1], weights)
+        return parts.T
