@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class Aligned:
         spans: [start, end) of the reward model's tokens in the response's bytes; None where they cannot be known.
         warnings: `code: message` each.
         variants: per method of the request, what else it needs to be scored.
+        prefixes: closed prefixes that are sequences of their own.
         dropped: tokens that the prompt lost at its beginning.
     """
 
@@ -45,7 +47,13 @@ class Aligned:
     spans: list[Span] | None
     warnings: list[str]
     variants: Sequence[Sequence[ScoringInput]] = ()
+    prefixes: Sequence[ScoringInput] = ()
     dropped: int = 0
+
+    @property
+    def further(self) -> list[ScoringInput]:
+        """All that is scored beside the sequence: variants, method by method, and then the prefixes."""
+        return [*chain(*self.variants), *self.prefixes]
 
 
 @dataclass(slots=True)
@@ -72,6 +80,7 @@ class Aligner:
         gate: what prompts must end with, for a model that reads where that begins.
         score_token: what is written behind all that closes a response, where the score is read there.
         tokens: ids that the tokenizer must give these tokens.
+        reads_pairs: whether prompt and response are a pair of texts to the model.
 
     Raises:
         ModelError: the tokenizer or its template cannot be used.
@@ -89,6 +98,7 @@ class Aligner:
         gate: str | None = None,
         score_token: int | None = None,
         tokens: Mapping[str, int] | None = None,
+        reads_pairs: bool = False,
     ) -> None:
         self.vocabulary = Vocabulary(tokenizer)
         plain = steps is not None and steps.joint is not None
@@ -104,6 +114,10 @@ class Aligner:
             self.closing_ids = self.vocabulary.encode(self.template.closing).ids
         self._ending = [] if score_token is None else [score_token]
         self.closing_ids = [*self.closing_ids, *self._ending]
+        self._between = None
+        if reads_pairs:
+            self._between, self.closing_ids = self._pair(tokenizer)
+            self._ending = self.closing_ids
         blank = self.vocabulary.encode(" ").ids
         self._blank_id = blank[0] if len(blank) == 1 else None
         if outside := [token for token in self.closing_ids if token >= vocabulary_size]:
@@ -119,6 +133,15 @@ class Aligner:
         self._always_bos = steps is not None and steps.separator == steps.cut and self.vocabulary.bos_id is not None
         if unit != "sequence":
             self.closing_ids = []  # nothing is read behind the last token or step
+
+    def _pair(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+        """What stands between the texts of a pair, and behind them."""
+        if tokenizer.chat_template:
+            raise ModelError("the model reads pairs of texts, and its chat template writes dialogues; take it away")
+        before, between, after = self.vocabulary.pair_frame()
+        if before != self.vocabulary.prefix_ids:
+            raise ModelError(f"the tokenizer begins a pair with {before} and a text with {self.vocabulary.prefix_ids}")
+        return between, after
 
     def _check_tokens(self, tokens: Mapping[str, int]) -> None:
         for token, expected in tokens.items():
@@ -253,7 +276,7 @@ class Aligner:
         else:
             prompt_text = self._joined(self._prompt_text(sample))
             bare_ids = self.vocabulary.prompt_ids(prompt_text)
-            prompt_ids = self._with_bos(sample, bare_ids)
+            prompt_ids = [*self._with_bos(sample, bare_ids), *(self._between or ())]
         if sample.response_token_ids is not None:
             response_ids = list(sample.response_token_ids)
             text = _Text(prompt_ids, response_ids, self.vocabulary.spans_of_ids(response_ids))
@@ -262,7 +285,7 @@ class Aligner:
         elif self._steps is not None:
             written = self._steps.write(sample.response or "")
             text = _Text(prompt_ids, written.ids, written.spans, written.stops)
-        elif prompt_text is None:
+        elif prompt_text is None or self._between is not None:
             text = self._apart(prompt_ids, sample.response or "")
         else:
             text = self._together(sample, prompt_text, bare_ids, sample.response or "")

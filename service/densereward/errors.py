@@ -14,6 +14,7 @@ DenseRewardError
 |-- NotReady                  503  loading or draining, with Retry-After
 |-- DeadlineExceeded          504
 `-- ModelError                     at start-up: a model that would answer wrong numbers is not served
+    `-- CannotPack                 its sequences would read each other in one row
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 __all__ = [
+    "CannotPack",
     "ClientGone",
     "DeadlineExceeded",
     "DenseRewardError",
@@ -155,3 +157,7 @@ class ModelError(DenseRewardError):
     """The model cannot be loaded, or would answer wrong numbers."""
 
     code = "model_error"
+
+
+class CannotPack(ModelError):
+    """Something in the model would let sequences in one row read each other."""

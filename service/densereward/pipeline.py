@@ -34,6 +34,7 @@ from densereward.engines.base import TOLERANCE, Engine
 from densereward.errors import DenseRewardError, EngineFailure, InvalidRequest, TooLarge
 from densereward.metrics import Metrics
 from densereward.plans import Plan, availability, boundaries_of, needs_of, plan
+from densereward.reencoding import apart, together
 from densereward.spread import Spread
 from densereward_client.wire import ModelCard, RewardsRequest, Sample, TokenRewardsRequest
 
@@ -161,10 +162,15 @@ class Pipeline:
         Raises:
             DenseRewardError: what could not be served, and what to do next.
         """
-        asked = [[each.sequence, *chain(*each.variants)] for each in work.aligned if isinstance(each, Aligned)]
+        asked = [[each.sequence, *each.further] for each in work.aligned if isinstance(each, Aligned)]
         results = iter(await self._batcher.score(list(chain(*asked))))
         return [
-            _outcome(next(results), [list(islice(results, len(variants))) for variants in part.variants])
+            _outcome(
+                next(results),
+                [list(islice(results, len(variants))) for variants in part.variants],
+                list(islice(results, len(part.prefixes))),
+                part.sequence.boundaries,
+            )
             if isinstance(part, Aligned)
             else part
             for part in work.aligned
@@ -185,7 +191,7 @@ class Pipeline:
         items = [self._item(work, index, result) for index, result in enumerate(scored)]
         kind = "token_rewards" if isinstance(work.request, TokenRewardsRequest) else "rewards"
         sequences = [each.sequence for each in work.aligned if isinstance(each, Aligned)]
-        variants = [each for part in work.aligned if isinstance(part, Aligned) for each in chain(*part.variants)]
+        variants = [each for part in work.aligned if isinstance(part, Aligned) for each in part.further]
         answer = envelope(kind, items, sequences, variants, served, work.started)
         self._metrics.scored(self.name, len(served), answer["usage"]["forward_tokens"])
         return answer | {"model": self.name, "fingerprint": self.fingerprint}
@@ -212,7 +218,7 @@ class Pipeline:
                 aligned.append(_in_its_place(error, index, sample, request))
                 continue
             aligned.append(part)
-            tokens += sum(each.forward_tokens for each in chain(*part.variants))
+            tokens += sum(each.forward_tokens for each in part.further)
             self._check_variants(index + 1, tokens)
         return aligned
 
@@ -226,7 +232,11 @@ class Pipeline:
             each.method.check(aligned.response)
         boundaries = boundaries_of(plans, aligned.response)
         sequence = aligned.sequence if boundaries is None else replace(aligned.sequence, boundaries=boundaries)
-        return replace(aligned, sequence=sequence, variants=[self._variants(sample, aligned, each) for each in plans])
+        variants = [self._variants(sample, aligned, each) for each in plans]
+        if not self._engine.facts.reencodes:
+            return replace(aligned, sequence=sequence, variants=variants)
+        sequence, prefixes = apart(sequence)
+        return replace(aligned, sequence=sequence, variants=variants, prefixes=prefixes)
 
     def _variants(self, sample: Sample, aligned: Aligned, plan: Plan) -> list[ScoringInput]:
         """What a method needs to be scored beside the response itself."""
@@ -250,8 +260,8 @@ class Pipeline:
         limit = self._batcher.max_queue_tokens
         if tokens > limit:
             raise TooLarge(
-                f"the variants of the first {samples} samples hold {tokens} tokens and the queue {limit}; send fewer "
-                "samples at once, or take larger units or fewer orders",
+                f"what is scored beside the first {samples} samples holds {tokens} tokens and the queue {limit}; send "
+                "fewer samples at once, or take larger units or fewer orders",
                 tokens=tokens,
                 limit=limit,
             )
@@ -313,11 +323,18 @@ class Pipeline:
 
 
 def _outcome(
-    own: Scored | EngineFailure, variants: Sequence[Sequence[Scored | EngineFailure]]
+    own: Scored | EngineFailure,
+    variants: Sequence[Sequence[Scored | EngineFailure]],
+    prefixes: Sequence[Scored | EngineFailure],
+    boundaries: Sequence[int] | None,
 ) -> Outcome | EngineFailure:
-    """The results of a sample and its variants; the first failure stands for all of it."""
+    """The results of a sample, its variants and prefixes; the first failure stands for all of it."""
     if isinstance(own, EngineFailure):
         return own
+    if failure := next((each for each in prefixes if isinstance(each, EngineFailure)), None):
+        return failure
+    closed = [each.captured for each in prefixes if isinstance(each, Scored)]
+    own = replace(own, captured=together(own.captured, closed, boundaries))
     captured = []
     for each in variants:
         if failure := next((result for result in each if isinstance(result, EngineFailure)), None):

@@ -24,6 +24,9 @@ _WITHOUT_PAIR = "it takes a policy and its reference: start the server with --pa
 _DEFAULTS = ("red", "steps", "sparse")
 """What a request without methods gets: the first of these that all its models can serve."""
 
+_OPEN: frozenset[Need] = frozenset([PrefixScores("open")])
+_CLOSED: frozenset[Need] = frozenset([PrefixScores("closed")])
+
 _INCLUDED: dict[str, set[Need]] = {
     "prefix_scores": {PrefixScores()},
     "attention": {AttentionRow(-1)},
@@ -83,8 +86,9 @@ def needs_of(plans: Sequence[Plan], request: TokenRewardsRequest, engine: Engine
         if lacking := [each.key for each in plans if each.method.by_pair and each.method.needs(each.params) & missing]:
             raise MethodUnavailable(f"{', '.join(lacking)}: {_WITHOUT_PAIR}", field="methods")
         possible = [name for name, method in availability(engine).items() if method.available]
+        hint = " (it gives closed ones)" if missing == _OPEN and engine.provides >= _CLOSED else ""
         raise MethodUnavailable(
-            f"this model cannot give {_listed(missing)}; with default parameters it can serve {', '.join(possible)}",
+            f"this model cannot give {_listed(missing)}{hint}; with default parameters it can serve {', '.join(possible)}",
             field="methods",
             available=possible,
         )
@@ -107,6 +111,8 @@ def availability(engine: Engine) -> dict[str, MethodAvailability]:
         method: Method[Any] = METHODS[name]()
         if missing := method.needs(method.params_type()) - engine.provides:
             reason = _WITHOUT_PAIR if method.by_pair else f"the engine cannot give {_listed(missing)}"
+            if missing == _OPEN and engine.provides >= _CLOSED:
+                reason = "this model's prefixes are only scored closed: ask with `prefix_mode` = `closed`"
             rows[name] = MethodAvailability(available=False, reason=reason)
         else:
             rows[name] = MethodAvailability(available=True, passes=method.passes, cost=describe(name).cost)

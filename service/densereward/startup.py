@@ -12,7 +12,7 @@ from densereward.align import Aligner
 from densereward.checks import examine, refuse
 from densereward.engines import ENGINES
 from densereward.engines.base import Engine
-from densereward.errors import ModelError
+from densereward.errors import CannotPack, ModelError
 from densereward.settings import ModelSettings
 
 __all__ = ["load", "load_pair", "load_unchecked"]
@@ -60,17 +60,7 @@ def _examine(engine: Engine, aligner: Aligner, settings: ModelSettings, source: 
 
 
 def _load(settings: ModelSettings, source: str) -> tuple[Engine, Aligner]:
-    engine: Engine = ENGINES["torch"].load(
-        source,
-        revision=settings.revision,
-        device=settings.device,
-        dtype=settings.dtype,
-        longest=settings.max_length,
-        batch_tokens=settings.max_batch_tokens,
-        prompt_cache=settings.prompt_cache_bytes,
-        separator=settings.step_separator,
-        head=settings.head,
-    )
+    engine = _engine(settings, source)
     from densereward.engines.torch.adapters import base_of
 
     try:
@@ -82,6 +72,24 @@ def _load(settings: ModelSettings, source: str) -> tuple[Engine, Aligner]:
     if settings.chat_template is not None:
         tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
     return engine, _aligner(tokenizer, engine)
+
+
+def _engine(settings: ModelSettings, source: str) -> Engine:
+    """The engine that packs, or for a model that cannot be packed the one that does not."""
+    given: dict[str, Any] = {
+        "revision": settings.revision,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "longest": settings.max_length,
+        "batch_tokens": settings.max_batch_tokens,
+        "separator": settings.step_separator,
+        "head": settings.head,
+    }
+    try:
+        engine: Engine = ENGINES["torch"].load(source, prompt_cache=settings.prompt_cache_bytes, **given)
+    except CannotPack as error:
+        engine = ENGINES["unpacked"].load(source, error.message, **given)
+    return engine
 
 
 def load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
@@ -151,6 +159,7 @@ def _aligner(tokenizer: object, engine: Engine) -> Aligner:
         gate=facts.gate,
         score_token=facts.score_token,
         tokens=facts.tokens,
+        reads_pairs=facts.reads_pairs,
     )
 
 

@@ -64,6 +64,14 @@ class Vocabulary:
         self.eos_id: int | None = tokenizer.eos_token_id
         self.prefix_ids, self.suffix_ids = self._special_frame()
 
+    def pair_frame(self) -> tuple[list[int], list[int], list[int]]:
+        """What the tokenizer itself writes before, between and after a pair of texts: CLS, SEP, SEP."""
+        framed = self._backend.encode(_ANY_LETTER, _ANY_LETTER, add_special_tokens=True).ids
+        bare = self._backend.encode(_ANY_LETTER, add_special_tokens=False).ids
+        size = len(bare)
+        first, last = (i for i in range(len(framed)) if framed[i : i + size] == bare)
+        return framed[:first], framed[first + size : last], framed[last + size :]
+
     def _special_frame(self) -> tuple[list[int], list[int]]:
         """What the tokenizer itself writes before and after a text: BOS, EOS."""
         framed, bare = (self._backend.encode(_ANY_LETTER, add_special_tokens=special).ids for special in (True, False))

@@ -70,7 +70,7 @@ def test_skywork_judges_every_line_at_its_break(skywork: Path, response: str) ->
     aligned = aligner.align(Sample(prompt="How was it?", response=response), STEPS)
     [captured] = engine.forward([aligned.sequence])
     expected = skywork_reading(skywork, "How was it?", response)
-    np.testing.assert_allclose(captured.step_scores, expected, atol=1e-5)
+    assert captured.step_scores == pytest.approx(np.array(expected), abs=1e-5)
     assert captured.reward == pytest.approx(expected[-1], abs=1e-5)
     size = len(response.encode())
     assert all(0 <= start <= stop <= size for start, stop in aligned.spans or [])
@@ -154,7 +154,7 @@ def test_math_shepherd_judges_each_line_at_its_tag(shepherd: Path, prompt: str, 
     [captured] = engine.forward([aligned.sequence])
     expected = shepherd_reading(shepherd, written)
     assert len(expected) == written.count("ки")
-    np.testing.assert_allclose(captured.step_scores, expected, atol=1e-5)
+    assert captured.step_scores == pytest.approx(np.array(expected), abs=1e-5)
     spans = aligned.spans or []
     assert all(0 <= start <= stop <= len(response.encode()) for start, stop in spans)
     lines = [line for line in response.split("\n") if line.strip()]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -190,3 +191,36 @@ def make_sentencepiece_style_tokenizer() -> PreTrainedTokenizerFast:
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+ENCODERS = ("deberta-v2", "deberta", "bert", "roberta", "modernbert")
+
+
+def save_encoder(folder: Path, kind: str = "deberta-v2", seed: int = 0, **changes: Any) -> Path:
+    """A bidirectional classifier's folder, whose tokenizer frames pairs of texts."""
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+    special: dict[str, dict[str, Any]] = {
+        "deberta-v2": {**relative, "position_buckets": 32, "norm_rel_ebd": "layer_norm", "type_vocab_size": 0},
+        "deberta": {**relative, "type_vocab_size": 0},
+        "bert": {"type_vocab_size": 2},
+        "roberta": {"max_position_embeddings": 131},
+        "modernbert": {"local_attention": 16, "cls_token_id": 0, "sep_token_id": 2},
+    }
+    sizes = {name: value for name, value in _SIZE.items() if name != "num_key_value_heads"}
+    common = {"vocab_size": 320, "num_labels": 1, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
+    written = sizes | common | {"max_position_embeddings": 128} | special[kind] | changes
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **written))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    model.eval().save_pretrained(folder)
+    tokenizer = make_tokenizer(template=None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A <|im_end|>",
+        pair="<|bos|> $A <|im_end|> $B:1 <|im_end|>:1",
+        special_tokens=[("<|bos|>", 0), ("<|im_end|>", 2)],
+    )
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -8,6 +8,7 @@ ENGINES = Table(
     "engine",
     {
         "torch": "densereward.engines.torch.engine:TorchEngine",
+        "unpacked": "densereward.engines.torch.unpacked:UnpackedEngine",
         "language_model": "densereward.engines.torch.language_model:LanguageModel",
         "pair": "densereward.engines.torch.pair:Pair",
     },

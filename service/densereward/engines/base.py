@@ -37,6 +37,8 @@ class EngineFacts:
         notice: what an operator must know of the scores; None where they are rewards as they stand.
         score_token: what is written behind all that closes a response, where the score is read there.
         tokens: what the head takes some ids for, which the tokenizer must agree with.
+        reads_pairs: whether prompt and response are a pair of texts to the model.
+        reencodes: whether closed prefixes are had by scoring them as sequences of their own.
         special_ids: the model's own BOS and EOS ids by "bos" and "eos", as far as its config names them.
         needs_prompt: whether nothing can be said of a response to an empty prompt.
     """
@@ -58,6 +60,8 @@ class EngineFacts:
     notice: str | None = None
     score_token: int | None = None
     tokens: Mapping[str, int] = field(default_factory=dict)
+    reads_pairs: bool = False
+    reencodes: bool = False
     special_ids: Mapping[str, frozenset[int]] = field(default_factory=dict)
     needs_prompt: bool = False
 
@@ -74,7 +78,7 @@ class Engine(Protocol):
 
     @property
     def provides(self) -> frozenset[Need]:
-        """All that `forward` can keep for a sequence beside its score."""
+        """All that can be had for a sequence beside its score; by `forward`, but for what is re-encoded."""
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         """Score a batch; each sequence gets what its own `needs` name.

@@ -27,6 +27,7 @@ HEADS = Table(
         "mlp": "densereward.heads.mlp:MlpHead",
         "math_shepherd": "densereward.heads.math_shepherd:MathShepherdHead",
         "nemotron": "densereward.heads.nemotron:NemotronHead",
+        "encoder": "densereward.heads.encoder:EncoderHead",
         "bradley_terry": "densereward.heads.bradley_terry:BradleyTerryHead",
     },
 )

@@ -75,6 +75,8 @@ class ScoreHead(Head):
         renamed: patterns of weights' names in its checkpoints, and what they are called here.
         notice: what an operator must know of its scores; None where they are rewards as they stand.
         score_token: what is written behind a response and all that closes it, for a family that is read there.
+        pooling: what a score is read from: one position; the mean of all up to one; or the whole text at once, by the
+            model itself.
         tokens: what the head takes some ids for, which the tokenizer must agree with.
     """
 
@@ -85,6 +87,7 @@ class ScoreHead(Head):
     renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
     notice: str | None = None
     score_token: int | None = None
+    pooling: Literal["position", "mean", "text"] = "position"
     tokens: ClassVar[Mapping[str, int]] = {}
 
     @classmethod
@@ -108,6 +111,12 @@ class ScoreHead(Head):
     def read(self, hidden: Float[Tensor, "M E"], following: Int64[Tensor, " _"]) -> Float32[Tensor, " M"]:  # noqa: ARG002
         """The scores, whatever follows."""
         return self.scores(hidden)
+
+    def written_in(self, separator: str | None) -> Steps | None:
+        """How steps are written for it: as its family does, or with an operator's separator after each."""
+        if self.steps is None and separator is not None and self.unit == "token":
+            return Steps(cut=separator, separator=separator)
+        return self.steps
 
 
 class LayersHead(ScoreHead):

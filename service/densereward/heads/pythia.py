@@ -1,11 +1,14 @@
 """OpenAssistant's Pythia: one linear layer called `out_proj` on GPT-NeoX, read at the last token.
 
-`pooling` in the config is `last` or `mean`. A mean over all positions is no score at one, so `mean` is refused.
+`pooling` in the config is `last` or `mean`. A mean over all positions cannot be packed: it is read by
+`engines.torch.unpacked`, a prefix's as the mean over the prefix.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from densereward.errors import ModelError
 from densereward.heads.base import Checkpoint, LayersHead
@@ -17,7 +20,7 @@ class PythiaHead(LayersHead):
     """The layer."""
 
     name = "pythia"
-    families = "OpenAssistant Pythia (`pooling` = `last`)"
+    families = "OpenAssistant Pythia"
     layer = "out_proj"
 
     @classmethod
@@ -28,7 +31,15 @@ class PythiaHead(LayersHead):
     @classmethod
     def model_class(cls, checkpoint: Checkpoint) -> Any:
         """GPT-NeoX with the layer on it."""
-        pooling = getattr(checkpoint.config, "pooling", None) or "last"
-        if pooling != "last":
-            raise ModelError(f"pooling = {pooling!r} makes one score of all positions; only `last` is served")
+        if _pooling(checkpoint.config) not in ("last", "mean"):
+            raise ModelError(f"pooling = {_pooling(checkpoint.config)!r}; this family has `last` and `mean`")
         return super().model_class(checkpoint)
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        if _pooling(model.config) == "mean":
+            self.pooling = "mean"
+
+
+def _pooling(config: Any) -> str:
+    return getattr(config, "pooling", None) or "last"

@@ -26,7 +26,6 @@ from densereward.capture import (
     PrefixScores,
     ReceivedAttention,
     ScoringInput,
-    Steps,
     StepScores,
     Variants,
 )
@@ -59,6 +58,7 @@ class TorchEngine:
 
     Raises:
         ModelError: the model cannot be read as a reward model.
+        CannotPack: that it can, but not in packed batches.
     """
 
     def __init__(
@@ -73,9 +73,7 @@ class TorchEngine:
         self._model: Any = model
         prepare(model)
         self._head: ScoreHead = head or BradleyTerryHead(model)
-        steps = self._head.steps
-        if steps is None and separator is not None and self._head.unit == "token":
-            steps = Steps(cut=separator, separator=separator)
+        steps = self._head.written_in(separator)
         self.facts = replace(
             facts_of(model, self._head.name, longest, batch_tokens),
             unit=self._head.unit if steps is None else "step",
@@ -126,6 +124,7 @@ class TorchEngine:
 
         Raises:
             ModelError: the model cannot be loaded or read as a reward model.
+            CannotPack: that it can, but not in packed batches.
         """
         chosen = choose_device(device)
         model, read_by = load_scorer(source, revision, chosen, choose_dtype(dtype, chosen), head)

@@ -18,7 +18,7 @@ from transformers import (
 from densereward.engines.torch import attention
 from densereward.engines.torch.adapters import adapter_of, merged, saved_modules
 from densereward.engines.torch.weights import weight_shapes
-from densereward.errors import ModelError
+from densereward.errors import CannotPack, ModelError
 from densereward.heads import head_for
 from densereward.heads.base import Checkpoint, ScoreHead
 
@@ -62,14 +62,21 @@ def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 
 def load_scorer(
-    source: str, revision: str | None, device: torch.device, dtype: torch.dtype, head: str | None = None
+    source: str,
+    revision: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    head: str | None = None,
+    *,
+    packs: bool = True,
 ) -> tuple[PreTrainedModel, ScoreHead]:
-    """A reward model from a folder or a hub id, ready for packed batches, and the head of its family.
+    """A reward model from a folder or a hub id and the head of its family, ready for packed batches if it `packs`.
 
     `head` names the one to take where nothing tells which it is.
 
     Raises:
         ModelError: no such model, one of no known family, or weights that its files do not hold.
+        CannotPack: its score is not that of a position.
     """
     if (adapter := adapter_of(source, revision)) is not None:
         return _load_adapter(source, revision, adapter, device, dtype)
@@ -80,11 +87,16 @@ def load_scorer(
         loaded = kind.model_class(checkpoint)
     except ModelError as error:
         raise ModelError(f"{source}: {error.message}") from error
-    model = _load(loaded, source, revision, config, device, dtype, dict(kind.renamed))
+    if packs and kind.pooling == "text":
+        raise CannotPack(f"{checkpoint.architecture} cannot be packed: it is bidirectional")
+    model = _load(loaded, source, revision, config, device, dtype, dict(kind.renamed), packs=packs)
     try:
-        return model, kind(model)
+        read_by = kind(model)
     except ModelError as error:
         raise ModelError(f"{source}: {error.message}") from error
+    if packs and read_by.pooling != "position":
+        raise CannotPack(f"{checkpoint.architecture} cannot be packed: its score is a mean over all positions")
+    return model, read_by
 
 
 def _load_adapter(
@@ -144,6 +156,8 @@ def _load(
     dtype: torch.dtype,
     renamed: dict[str, str] | None = None,
     supplied: Collection[str] = (),
+    *,
+    packs: bool = True,
 ) -> PreTrainedModel:
     attention.register()
     try:
@@ -152,16 +166,16 @@ def _load(
             revision=revision,
             config=config,
             dtype=dtype,
-            attn_implementation=attention.IMPLEMENTATION,
+            attn_implementation=attention.IMPLEMENTATION if packs else "eager",
             key_mapping=renamed or None,
             trust_remote_code=False,
             use_safetensors=True,  # pickled weights can run code while they are read
             output_loading_info=True,
         )
     except Exception as error:  # as above
-        own = isinstance(error, KeyError) and error.args == (attention.IMPLEMENTATION,)
-        why = "its attention is code of its own, which cannot be packed" if own else error
-        raise ModelError(f"cannot load {source}: {why}") from error
+        if isinstance(error, KeyError) and error.args == (attention.IMPLEMENTATION,):
+            raise CannotPack(f"{config.model_type} cannot be packed: its attention is code of its own") from error
+        raise ModelError(f"cannot load {source}: {error}") from error
     report["missing_keys"] = [name for name in report.get("missing_keys") or () if name not in supplied]
     _refuse_incomplete(source, report)
     loaded: PreTrainedModel = model.to(device).eval()

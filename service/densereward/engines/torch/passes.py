@@ -18,7 +18,7 @@ from densereward.engines.torch.contributions import contributions
 from densereward.engines.torch.kept import KeptKeys, Prompt, PromptKeys
 from densereward.engines.torch.packing import PackedBatch, pack
 from densereward.engines.torch.pieces import Piece, WrittenOut, in_pieces, write_out
-from densereward.errors import EngineFailure, ModelError
+from densereward.errors import CannotPack, EngineFailure
 from densereward.heads.base import Head
 from densereward.heads.gated import GatedHead
 
@@ -85,7 +85,7 @@ class Passes:
         """Every layer must leave the mixing of tokens to attention that keeps sequences apart.
 
         Raises:
-            ModelError: some layer has attention of its own, or something else that mixes tokens, so that a sequence
+            CannotPack: some layer has attention of its own, or something else that mixes tokens, so that a sequence
                 would read its neighbours.
         """
         rows: frozenset[Need] = frozenset(AttentionRow(layer) for layer in range(self._layers))
@@ -94,11 +94,11 @@ class Passes:
             whole = write_out(probe)
             self.run([replace(whole, following=np.zeros(len(whole.reads), dtype=np.int64))])
         except EngineFailure as failure:
-            raise ModelError(f"{self._family} cannot be packed: {failure.message}") from failure
+            raise CannotPack(f"{self._family} cannot be packed: {failure.message}") from failure
         config = self._config.get_text_config()
         kinds = getattr(config, "layer_types", None) or ()
         if strange := {kind for kind in kinds if kind.startswith("linear") or not kind.endswith("attention")}:
-            raise ModelError(f"{self._family} has layers of type {', '.join(sorted(strange))}, which cannot be packed")
+            raise CannotPack(f"{self._family} has layers of type {', '.join(sorted(strange))}, which cannot be packed")
 
     def reference(self, model: Any, sequence: ScoringInput) -> tuple[Float[Tensor, "S E"], Float32[Tensor, "A S"]]:
         """One sequence in transformers' own eager attention: hidden states, and each layer's row of the last token.

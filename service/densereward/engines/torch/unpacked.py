@@ -1,0 +1,306 @@
+"""The way of models that cannot be packed: transformers' own attention, whole texts, slower and just as exact.
+
+Bidirectional models read prompt and response as a pair, several in a padded batch with its mask. Decoders that mix
+tokens in ways of their own run in batches of equal lengths, so that nothing is ever padded. Prefixes that are scored
+closed are sequences of their own (`EngineFacts.reencodes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from densereward.capture import (
+    AttentionRow,
+    Captured,
+    Need,
+    Prefixes,
+    PrefixMode,
+    PrefixScores,
+    ScoringInput,
+    StepScores,
+    Variants,
+)
+from densereward.engines.base import TOLERANCE
+from densereward.engines.torch.facts import facts_of
+from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_scorer
+from densereward.errors import EngineFailure, ModelError
+from densereward.heads.base import ScoreHead
+
+__all__ = ["UnpackedEngine"]
+
+_PROBE = 8
+"""Tokens on which a model is asked what it gives and what its score is read from."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What a pass gives for one sequence: scores of all positions, or one of the text; each layer's scored row."""
+
+    scores: Float32[np.ndarray, " _"]
+    rows: Float32[np.ndarray, "A S"] | None
+
+
+class UnpackedEngine:
+    """A transformers reward model in this process. See `engines.base.Engine`.
+
+    Args:
+        model: loaded by `loading.load_scorer`.
+        head: that of its family.
+        why: what keeps the model from being packed.
+        longest: tokens in the longest sequence to read; by default what the config gives.
+        batch_tokens: tokens in one padded batch; by default what suits the device.
+        separator: what ends each step, if the model is a token classifier that was trained on steps.
+
+    Raises:
+        ModelError: the model cannot be read as a reward model in this way either.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: ScoreHead,
+        why: str,
+        longest: int | None = None,
+        batch_tokens: int | None = None,
+        separator: str | None = None,
+    ) -> None:
+        if head.gate is not None:
+            raise ModelError(why)
+        model.requires_grad_(False)
+        self._model: Any = model
+        self._head = head
+        self._whole = head.pooling == "text"
+        steps = head.written_in(separator)
+        facts = facts_of(model, head.name, longest, batch_tokens)
+        self.facts = replace(
+            facts,
+            engine="unpacked",
+            max_length=min(facts.max_length, _positions(model)),
+            unit=head.unit if steps is None else "step",
+            steps=steps,
+            notice=head.notice or f"one text at a time, in transformers' own attention, since {why}",
+            score_token=head.score_token,
+            tokens=head.tokens,
+            reads_pairs=self._whole,
+            reencodes=True,
+        )
+        self._causal = not self._whole and self._is_causal()
+        self._rows = head.pooling != "mean" and head.unit == "sequence" and self._gives_rows()
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        why: str,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+        longest: int | None = None,
+        batch_tokens: int | None = None,
+        separator: str | None = None,
+        head: str | None = None,
+    ) -> UnpackedEngine:
+        """Load from a folder or a hub id.
+
+        Raises:
+            ModelError: the model cannot be loaded or read as a reward model.
+        """
+        chosen = choose_device(device)
+        model, read_by = load_scorer(source, revision, chosen, choose_dtype(dtype, chosen), head, packs=False)
+        return cls(model, read_by, why, longest, batch_tokens, separator)
+
+    @property
+    def provides(self) -> frozenset[Need]:
+        """Scores of steps; or of prefixes, open ones too where nothing looks ahead, and the scored row."""
+        if self.facts.unit != "sequence":
+            return frozenset([StepScores()])
+        scores: list[Need] = [PrefixScores("closed"), Variants()]
+        scores += [PrefixScores("open")] if self._causal else []
+        layers = range(-self.facts.layers, self.facts.layers)
+        return frozenset([*scores, *(AttentionRow(layer) for layer in layers if self._rows)])
+
+    def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+        """Score a batch, in as many passes as its lengths take.
+
+        Raises:
+            EngineFailure: a pass failed.
+        """
+        captured: dict[int, Captured] = {}
+        with torch.inference_mode(), _failures():
+            for indices in self._batches(batch):
+                reads = self._run([batch[i] for i in indices])
+                captured |= {i: self._captured(batch[i], read) for i, read in zip(indices, reads, strict=True)}
+        return [captured[i] for i in range(len(batch))]
+
+    def reference(self, sequence: ScoringInput) -> Captured:
+        """One sequence by itself, in eager attention.
+
+        Raises:
+            EngineFailure: the pass failed.
+        """
+        with torch.inference_mode(), _failures():
+            return self._captured(sequence, self._run([sequence], eager=True)[0])
+
+    def close(self) -> None:
+        """Drop the model and give its memory back."""
+        self._model = None
+        torch.cuda.empty_cache()
+
+    def _batches(self, batch: Sequence[ScoringInput]) -> Iterator[list[int]]:
+        """Indices of sequences that run together: of equal length, or where padding is masked, of nearly equal."""
+        ordered = sorted(range(len(batch)), key=lambda i: len(batch[i].token_ids))
+        groups = [ordered]
+        if not self._whole:
+            groups = [list(each) for _, each in groupby(ordered, key=lambda i: len(batch[i].token_ids))]
+        for group in groups:
+            together: list[int] = []
+            for i in group:
+                if together and (len(together) + 1) * len(batch[i].token_ids) > self.facts.batch_tokens:
+                    yield together
+                    together = []
+                together.append(i)
+            if together:
+                yield together
+
+    def _run(self, batch: Sequence[ScoringInput], *, eager: bool = False) -> list[_Read]:
+        """One pass."""
+        wanted = any(isinstance(need, AttentionRow) for sequence in batch for need in sequence.needs)
+        with self._attention(eager=eager or wanted):
+            output = self._model_output(batch, rows=wanted)
+        if self._whole:
+            scores: Tensor = output.logits.float()
+        else:
+            scores = torch.stack([self._scores(hidden) for hidden in output.last_hidden_state])
+        on_host = scores.cpu().numpy()
+        rows = [self._scored_rows(output.attentions, i, each) if wanted else None for i, each in enumerate(batch)]
+        return [_Read(on_host[i], rows[i]) for i in range(len(batch))]
+
+    def _model_output(self, batch: Sequence[ScoringInput], *, rows: bool) -> Any:
+        longest = max(len(sequence.token_ids) for sequence in batch)
+        pad = self._model.config.get_text_config().pad_token_id or 0
+        ids, mask = np.full((len(batch), longest), pad, dtype=np.int64), np.zeros((len(batch), longest), dtype=np.int64)
+        types = np.zeros_like(ids)
+        for i, sequence in enumerate(batch):
+            length = len(sequence.token_ids)
+            ids[i, :length], mask[i, :length] = sequence.token_ids, 1
+            types[i, sequence.prompt_length : length] = 1
+        given = {"input_ids": ids}
+        if self._whole:
+            given["attention_mask"] = mask
+            if (getattr(self._model.config, "type_vocab_size", 0) or 0) > 1:
+                given["token_type_ids"] = types
+        model = self._model if self._whole else self._model.base_model
+        moved = {name: torch.from_numpy(each).to(self._model.device) for name, each in given.items()}
+        return model(**moved, output_attentions=rows, **({} if self._whole else {"use_cache": False}))
+
+    def _scores(self, hidden: Tensor) -> Float32[Tensor, " S"]:
+        """Of every position of one sequence."""
+        scores = self._head.scores(hidden)
+        if self._head.pooling == "mean":
+            scores = scores.cumsum(0) / torch.arange(1, len(scores) + 1, device=scores.device)
+        return scores
+
+    def _scored_rows(self, attentions: Sequence[Tensor], index: int, sequence: ScoringInput) -> Any:
+        place = 0 if self._whole else sequence.scored_position
+        rows = [each[index, :, place, : len(sequence.token_ids)].float().mean(dim=0) for each in attentions]
+        return torch.stack(rows).cpu().numpy()
+
+    def _captured(self, sequence: ScoringInput, read: _Read) -> Captured:
+        """In the form that methods read."""
+        start, stop = sequence.prompt_length, sequence.response_stop
+        prefixes: dict[PrefixMode, Prefixes] = {}
+        if PrefixScores("open") in sequence.needs:
+            before = float(read.scores[start - 1]) if start else None
+            prefixes["open"] = Prefixes(before, read.scores[start:stop])
+        wanted = [need.layer for need in sequence.needs if isinstance(need, AttentionRow)]
+        steps = read.scores[list(sequence.steps)]
+        own = float(read.scores[0] if self._whole else read.scores[sequence.scored_position])
+        return Captured(
+            reward=float(steps.mean(dtype=np.float64)) if self.facts.unit == "token" else own,
+            length=sequence.response_length,
+            prefixes=prefixes,
+            step_scores=steps if StepScores() in sequence.needs else None,
+            attention_rows={} if read.rows is None else {layer: read.rows[layer][start:stop] for layer in wanted},
+        )
+
+    @contextmanager
+    def _attention(self, *, eager: bool) -> Iterator[None]:
+        """Transformers' fused attention where the model has it and its weights are not asked for."""
+        for kind in ["eager"] if eager else ["sdpa", "eager"]:
+            with suppress(ValueError, ImportError):
+                self._model.set_attn_implementation(kind)
+                break
+        yield
+
+    def _is_causal(self) -> bool:
+        """Whether no position's score changes with the tokens behind it."""
+        one, other = ([*range(_PROBE - 1), last] for last in (0, _PROBE))
+        with torch.inference_mode(), _failures():
+            first, second = (
+                self._run([ScoringInput(ids, 2, _PROBE - 2, _PROBE - 1)])[0].scores[:-1] for ids in (one, other)
+            )
+        return bool(np.allclose(first, second, atol=TOLERANCE[self.facts.dtype] * max(1, np.abs(first).max()) / 10))
+
+    def _gives_rows(self) -> bool:
+        """Whether the model gives attention weights in every layer, and the score is read at one known place."""
+        probe = ScoringInput(range(_PROBE), 2, _PROBE - 2, _PROBE - 1)
+        with torch.inference_mode(), _failures(), self._attention(eager=True):
+            given = self._model_output([probe], rows=True).attentions
+        if not given or len(given) != self.facts.layers or any(each is None for each in given):
+            return False
+        return not self._whole or self._reads_first(probe)
+
+    def _reads_first(self, probe: ScoringInput) -> bool:
+        """Whether the label is made of the first position's hidden state and of no other's."""
+        kept: list[Tensor] = []
+
+        def keep(_module: Any, _given: Any, output: Any) -> Any:
+            kept.append(output[0].detach().requires_grad_())
+            output["last_hidden_state"] = kept[0]
+            return output
+
+        handle = self._model.base_model.register_forward_hook(keep)
+        try:
+            with torch.enable_grad():
+                score = self._model_output([probe], rows=False).logits.sum()
+                (gradient,) = torch.autograd.grad(score, kept[0])
+        finally:
+            handle.remove()
+        return bool((gradient[0, 1:] == 0).all())
+
+
+def _positions(model: Any) -> int:
+    """Positions that the model has rows for, less those that it never uses: RoBERTa counts from behind its padding."""
+    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    if embeddings is None:
+        return 2**31
+    unused = 0 if embeddings.padding_idx is None else embeddings.padding_idx + 1
+    return int(embeddings.num_embeddings - unused)
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """What torch raises, as what an engine raises.
+
+    Raises:
+        EngineFailure: torch failed.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EngineFailure(
+            "the device's memory is too small for this sequence; set --max-length lower", code="out_of_memory"
+        ) from error
+    except (RuntimeError, IndexError) as error:
+        raise EngineFailure(f"the forward pass failed: {error}") from error

@@ -1,0 +1,52 @@
+"""Bidirectional sequence classifiers with one label, which read prompt and response as a pair of texts.
+
+OpenAssistant's DeBERTa and its like: whatever the model does between its encoder and its label is its own. A prefix of
+a response is another text to them, since every token looks at all that follow; so each is scored in a pass of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float, Float32
+from torch import Tensor
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForSequenceClassification, PreTrainedModel
+
+from densereward.errors import ModelError
+from densereward.heads.base import Checkpoint, ScoreHead
+
+__all__ = ["EncoderHead"]
+
+
+class EncoderHead(ScoreHead):
+    """The model's own, whole texts at a time."""
+
+    name = "encoder"
+    families = "OpenAssistant DeBERTa, and other encoders (BERT, RoBERTa, ModernBERT) with one label"
+    pooling = "text"
+
+    @classmethod
+    def fits(cls, checkpoint: Checkpoint) -> bool:
+        """A sequence classifier on what is otherwise trained to fill in masked words."""
+        config = checkpoint.config
+        fills_in = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+        return fills_in and checkpoint.architecture.endswith("ForSequenceClassification")
+
+    @classmethod
+    def model_class(cls, checkpoint: Checkpoint) -> Any:
+        """Transformers' own."""
+        labels = checkpoint.config.num_labels
+        if labels != 1:
+            raise ModelError(f"num_labels = {labels}; a reward model that scores sequences has 1")
+        return AutoModelForSequenceClassification
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        pass
+
+    def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:  # noqa: ARG002
+        """Not to be had of single positions.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(f"{self.name} reads whole texts")

@@ -1,0 +1,119 @@
+"""Models that cannot be packed, against their own reading: one text at a time, eager, nothing padded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_decoders import UNPACKED, save
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import reference
+import tiny
+from densereward.capture import AttentionRow, Need, PrefixScores, ScoringInput
+from densereward.checks import examine, refuse
+from densereward.engines.base import Engine
+from densereward.engines.torch.engine import TorchEngine
+from densereward.engines.torch.unpacked import UnpackedEngine
+from densereward.errors import CannotPack, EngineFailure, ModelError
+from densereward.settings import ModelSettings
+from densereward.startup import load_unchecked
+from densereward_client.wire import Sample
+
+PROMPT = "How was it?"
+RESPONSES = ["The food was good 😀.", "Thank you", "It's a café in Zürich: naïve, quick brown fox."]
+
+
+def opened(folder: Path, **settings: Any) -> tuple[Engine, Any]:
+    return load_unchecked(ModelSettings(model=[str(folder)], device="cpu", **settings))
+
+
+@pytest.mark.parametrize("kind", tiny.ENCODERS)
+def test_an_encoder_reads_pairs_as_its_tokenizer_writes_them(kind: str, tmp_path: Path) -> None:
+    tiny.save_encoder(tmp_path, kind)
+    engine, aligner = opened(tmp_path)
+    refuse(examine(engine, aligner))
+    assert (engine.facts.engine, engine.facts.head) == ("unpacked", "encoder")
+    rows = frozenset([AttentionRow(-1), AttentionRow(0)])
+    samples = [Sample(prompt=PROMPT, response=response) for response in RESPONSES]
+    batch = [aligner.align(sample, rows & engine.provides).sequence for sample in samples]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    for response, sequence, captured in zip(RESPONSES, batch, engine.forward(batch), strict=True):
+        given = tokenizer(PROMPT, response, return_tensors="pt", return_token_type_ids=kind == "bert")
+        assert given["input_ids"][0].tolist() == list(sequence.token_ids)
+        with torch.no_grad():
+            output = model(**given, output_attentions=True)
+        assert captured.reward == pytest.approx(float(output.logits[0, 0]), abs=1e-5)
+        for layer in (-1, 0):
+            row = output.attentions[layer][0, :, 0].mean(dim=0)[sequence.prompt_length : sequence.response_stop]
+            assert captured.attention_rows[layer] == pytest.approx(row.numpy(), abs=1e-6)
+
+
+def test_a_score_that_is_not_read_at_the_first_position_has_no_row(tmp_path: Path) -> None:
+    tiny.save_encoder(tmp_path, "modernbert", classifier_pooling="mean")
+    engine, _ = opened(tmp_path)
+    assert AttentionRow(-1) not in engine.provides
+    assert PrefixScores("closed") in engine.provides
+
+
+def test_an_encoders_prefix_is_another_text_so_it_gives_no_open_one(tmp_path: Path) -> None:
+    engine, _ = opened(tiny.save_encoder(tmp_path))
+    assert PrefixScores("open") not in engine.provides
+
+
+def test_positions_end_where_the_model_has_rows_for_them(tmp_path: Path) -> None:
+    engine, _ = opened(tiny.save_encoder(tmp_path, "roberta"))
+    assert engine.facts.max_length == 128  # of 131 rows the first three stand for padding
+    longest = ScoringInput([3] * 128, 5, 122, 127)
+    assert np.isfinite(engine.forward([longest])[0].reward)
+    with pytest.raises(EngineFailure):
+        engine.forward([ScoringInput([3] * 129, 5, 123, 128)])
+
+
+def test_a_pair_has_no_dialogue_in_it(tmp_path: Path) -> None:
+    tiny.save_encoder(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = tiny.CHATML
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="reads pairs of texts, and its chat template writes dialogues"):
+        opened(tmp_path)
+
+
+def test_a_response_that_was_cut_is_a_whole_text_of_the_pair_nevertheless(tmp_path: Path) -> None:
+    _, aligner = opened(tiny.save_encoder(tmp_path))
+    finished, cut = (
+        aligner.align(Sample(prompt=PROMPT, response="Thank", finished=finished)).sequence.token_ids
+        for finished in (True, False)
+    )
+    assert list(finished) == list(cut)
+
+
+@pytest.mark.parametrize("kind", list(UNPACKED))
+def test_a_decoder_that_cannot_be_packed_gives_what_it_gives_alone(kind: str, tmp_path: Path) -> None:
+    special, message = UNPACKED[kind]
+    save(tmp_path, kind, **special)
+    with pytest.raises(CannotPack, match=message):
+        TorchEngine.load(str(tmp_path), device="cpu", longest=512)
+    engine = UnpackedEngine.load(str(tmp_path), "it mixes tokens", device="cpu", longest=512)
+    assert "since it mixes tokens" in str(engine.facts.notice)
+    assert PrefixScores("open") in engine.provides
+    random = np.random.default_rng(0)
+    wanted: frozenset[Need] = frozenset([PrefixScores("open"), AttentionRow(-1)])
+    needs = wanted & engine.provides
+    lengths = (30, 5, 30, 17)
+    batch = [ScoringInput(random.integers(3, 320, 9 + n).tolist(), 9, n, 8 + n, needs=needs) for n in lengths]
+    model = reference.eager(tmp_path)
+    for each, captured in zip(batch, engine.forward(batch), strict=True):
+        with torch.no_grad():
+            output = model.base_model(input_ids=torch.tensor([each.token_ids]), output_attentions=True, use_cache=False)
+            scores = model.score(output.last_hidden_state)[0, :, 0].numpy()
+        largest = max(1.0, float(np.abs(scores).max()))
+        assert captured.reward == pytest.approx(float(scores[-1]), abs=1e-5 * largest)
+        assert captured.prefixes["open"].after == pytest.approx(scores[9:], abs=1e-5 * largest)
+        if needs >= {AttentionRow(-1)}:
+            row = output.attentions[-1][0, :, -1].mean(dim=0)[9:].numpy()
+            assert captured.attention_rows[-1] == pytest.approx(row, abs=1e-5)
