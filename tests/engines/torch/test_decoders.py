@@ -49,9 +49,9 @@ SERVED: dict[str, dict[str, Any]] = {
     "glm": {},
     "persimmon": {},
     "ministral": {"sliding_window": 9},
+    "gpt_oss": {"sliding_window": 9, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "gpt_oss": ({"num_local_experts": 4}, "s_aux|sinks"),
     "bloom": ({}, "did not run its attention in all the layers"),
     "stablelm": ({}, "does not hand the packed batch to its attention"),
     "nemotron": ({}, "does not hand the packed batch to its attention"),
@@ -65,9 +65,11 @@ def save(folder: Path, kind: str, **special: Any) -> Path:
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3)
+            elif name.endswith("sinks"):
+                parameter.normal_(mean=2.0)
     model.eval().save_pretrained(folder)
     return folder
 
