@@ -20,7 +20,6 @@ from densereward.engines.torch.packing import PackedBatch, pack
 from densereward.engines.torch.pieces import Piece, WrittenOut, in_pieces, write_out
 from densereward.errors import EngineFailure, ModelError
 from densereward.heads.base import Head
-from densereward.heads.gated import GatedHead
 
 __all__ = ["Passes", "Result"]
 
@@ -160,16 +159,16 @@ class Passes:
         self._prompts.clear()
 
     def _read(
-        self, hidden: Float[Tensor, "N E"], packed: PackedBatch
+        self, hidden: Float[Tensor, "M E"], gates: Float[Tensor, "_ E"], packed: PackedBatch
     ) -> tuple[Float32[Tensor, " M"], Float32[Tensor, "K M"]]:
-        """What the head says at every read place; of a gated one, which looks at the gates too, also the parts."""
-        if isinstance(self._head, GatedHead):
-            reads_each = torch.tensor([len(each.read_slots) for each in packed.placed], device=self._device)
-            owner = torch.arange(len(reads_each), device=self._device).repeat_interleave(reads_each)
-            parts = self._head.parts(hidden[packed.read], hidden[packed.gates], owner)
-            return parts.sum(dim=0), parts if self._wants_objectives(packed) else parts[:0]
-        reads = self._head.read(hidden[packed.read], packed.following)
-        return reads, reads.new_zeros(0, len(reads))
+        """What the head says at every read place; where there are gates, also the parts."""
+        if not len(gates):
+            reads = self._head.read(hidden, packed.following)
+            return reads, reads.new_zeros(0, len(reads))
+        reads_each = torch.tensor([len(each.read_slots) for each in packed.placed], device=self._device)
+        owner = torch.arange(len(reads_each), device=self._device).repeat_interleave(reads_each)
+        parts = self._head.parts(hidden, gates, owner)
+        return parts.sum(dim=0), parts if self._wants_objectives(packed) else parts[:0]
 
     @staticmethod
     def _wants_objectives(packed: PackedBatch) -> bool:
@@ -194,10 +193,10 @@ class Passes:
         hidden = self.backbone(
             input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
         ).last_hidden_state[0]
-        reads, objectives = self._read(hidden, packed)
+        gates = hidden[packed.gates] if self._head.gate is not None else hidden[:0]
+        reads, objectives = self._read(hidden[packed.read], gates, packed)
         if packed.contributions:
-            scores = self._head.scores(hidden[packed.scored])
-            packed.rows.update(contributions(self.backbone, self._head, packed, scores))
+            packed.rows.update(contributions(self.backbone, self._head, packed, hidden[packed.scored], gates))
         if packed.row_needs != packed.rows.keys() or None in packed.sums.values():
             raise EngineFailure(f"{self._family} did not run its attention in all the layers that are needed")
         _hand_out(packed, results, reads, objectives)
