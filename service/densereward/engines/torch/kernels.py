@@ -91,7 +91,7 @@ def add(total: Part, part: Part) -> None:
 
 
 def beside_sinks(total: Part, sinks: Float[Tensor, " _"] | None) -> Float[Tensor, "H Q D"]:
-    """The output over all keys, in place made what sinks leave of it; further heads stand beside each of theirs."""
+    """What sinks leave of the output over all keys, in place; a head may be laid out as several, side by side."""
     if sinks is not None:
         left = _left_by(sinks[:, None, None], total.weight.unflatten(0, (len(sinks), -1)))
         total.output.mul_(left.flatten(0, 1)[..., None])
