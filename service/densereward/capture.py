@@ -263,7 +263,7 @@ class Captured:
         length: T, the response's tokens.
         prefixes: per mode as it was asked for, the scores of the prefixes.
         attention_rows: per layer as it was asked for, what the scoring token's attention put on each response token;
-            the rest of the row, up to its sum of 1, fell on the prompt and the closing tokens.
+            the rest of the row, up to its sum of 1, fell on the prompt, the closing tokens and attention sinks.
         contributions: per layer as it was asked for, what each response token added to the score.
         received_attention: per layer as it was asked for, what each response token got from later ones.
         gradients: as they were asked for, what each response token's embedding does to the score, to first order.

@@ -88,7 +88,8 @@ def needs_of(plans: Sequence[Plan], request: TokenRewardsRequest, engine: Engine
         possible = [name for name, method in availability(engine).items() if method.available]
         hint = " (it gives closed ones)" if missing == _OPEN and engine.provides >= _CLOSED else ""
         raise MethodUnavailable(
-            f"this model cannot give {_listed(missing)}{hint}; with default parameters it can serve {', '.join(possible)}",
+            f"this model cannot give {_listed(missing)}{hint}; with default parameters it can serve "
+            f"{', '.join(possible)}",
             field="methods",
             available=possible,
         )

@@ -37,8 +37,10 @@ def batch() -> list[ScoringInput]:
 
 def folder_of(architecture: str, tmp_path: Path) -> str:
     sizes: dict[str, Any] = {"n_embd": 256} if architecture == "gpt2" else HEAD
-    if architecture in ("qwen3", "gemma2"):
+    if architecture in ("qwen3", "gemma2", "gpt_oss"):
         sizes = sizes | {"head_dim": 64}
+    if architecture == "gpt_oss":  # rounding may choose other experts, so all of them are used
+        sizes = sizes | {"num_experts_per_tok": 4}
     return str(tiny.save(tmp_path, architecture, **sizes))
 
 

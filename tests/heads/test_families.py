@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import tiny
 from densereward.capture import AttentionRow, Need, PrefixScores, ScoringInput
 from densereward.engines.torch.engine import TorchEngine
+from densereward.engines.torch.unpacked import UnpackedEngine
 from densereward.errors import ModelError
 from densereward.heads import HEADS, head_for
 from densereward.heads.base import Checkpoint
@@ -230,6 +231,21 @@ def test_a_family_is_read_as_it_reads_itself(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(captured.attention_rows[-1], row[10:], atol=1e-6)
 
 
+def test_a_mean_over_all_positions_is_read_unpacked_and_a_prefixs_is_the_mean_over_the_prefix(tmp_path: Path) -> None:
+    family = FAMILIES["OpenAssistant Pythia"]
+    decoder = save(tmp_path, family, pooling="mean")
+    engine = UnpackedEngine.load(str(tmp_path), "its score is a mean", device="cpu")
+    self_check(engine)
+    with torch.no_grad():
+        hidden = decoder(input_ids=torch.tensor([IDS])).last_hidden_state[0]
+        means = [float(family.layers["out_proj"](hidden[:t].mean(dim=0))) for t in range(1, len(IDS) + 1)]
+    [captured] = engine.forward([ScoringInput(IDS, 10, 30, 39, needs=frozenset([PrefixScores("open")]))])
+    assert captured.reward == pytest.approx(means[-1], abs=1e-5)
+    assert captured.prefixes["open"].before == pytest.approx(means[9], abs=1e-5)
+    assert captured.prefixes["open"].after == pytest.approx(np.array(means[10:]), abs=1e-5)
+    assert AttentionRow(-1) not in engine.provides
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -237,7 +253,8 @@ def test_a_family_is_read_as_it_reads_itself(name: str, tmp_path: Path) -> None:
         ("OpenRLHF", {"std": 0.0}, "normalize_reward is set, and the config has no `mean` and `std`"),
         ("Beaver reward", {"var": None}, "do_normalize is set, and the config has no `mean` and `var`"),
         ("Beaver reward", {"score_type": "critic"}, "score_type = 'critic'; a reward model is of type"),
-        ("OpenAssistant Pythia", {"pooling": "mean"}, "pooling = 'mean' makes one score of all positions"),
+        ("OpenAssistant Pythia", {"pooling": "max"}, "pooling = 'max'; this family has `last` and `mean`"),
+        ("OpenAssistant Pythia", {"pooling": "mean"}, "cannot be packed: its score is a mean over all positions"),
         ("UltraRM", {"num_hidden_layers": 2}, "9 unexpected keys while loading"),
         ("UltraRM", {"num_hidden_layers": 4}, "9 missing keys while loading"),
         ("UltraRM", {"model_type": "unheard_of"}, "cannot load"),
@@ -286,7 +303,7 @@ def test_what_is_of_no_family_is_refused_by_name(architecture: str, message: str
 def test_every_head_says_which_families_have_it_and_is_tried_here() -> None:
     assert all(HEADS[name].families for name in HEADS)
     elsewhere = {"bradley_terry", "gated", "nemotron", "token_classifier", "process", "internlm2"}
-    elsewhere |= {"step_value", "math_shepherd"}  # these have tests of their own
+    elsewhere |= {"step_value", "math_shepherd", "encoder"}  # these have tests of their own
     assert {family.head for family in FAMILIES.values()} | elsewhere == set(HEADS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+import reference
 import tiny
-from densereward.capture import Contributions, Need, Objectives, PrefixScores, ScoringInput
+from densereward.capture import Contributions, Gradients, Need, Objectives, PrefixScores, ScoringInput
 from densereward.checks import examine, refuse
 from densereward.engines.torch.engine import TorchEngine
 from densereward.errors import InvalidRequest, ModelError
+from densereward.methods import METHODS
 from densereward.settings import ModelSettings
 from densereward.startup import load_unchecked
 from densereward_client.wire import Sample
@@ -70,20 +73,29 @@ def save(folder: Path, name: str) -> dict[str, Any]:
     return {"decoder": decoder, "objectives": objectives, "mixing": mixing, "scale": scale, "layers": layers}
 
 
+def own_reading(name: str, parts: dict[str, Any], hidden: Tensor, gate: Tensor) -> Tensor:
+    """The family's scores at some positions, by the hidden state at their gate."""
+    rewards = parts["objectives"](hidden)
+    if name == "QRM":
+        rewards = rewards.reshape(-1, OBJECTIVES, QUANTILES).mean(dim=2)
+    x = gate[None]
+    for i, layer in enumerate(parts["layers"]):
+        last = i == len(parts["layers"]) - 1
+        x = torch.relu(layer(x)) if name == "ArmoRM" and not last else layer(x)
+    weights = torch.softmax(x / 2.0, dim=1) * parts["scale"]
+    scores: Tensor = (weights * (rewards @ parts["mixing"])).sum(dim=1)
+    return scores
+
+
 def own_scores(name: str, parts: dict[str, Any], ids: list[int], gate: int) -> Tensor:
     """The family's forward pass at every position, the gate where its pattern begins."""
     with torch.no_grad():
         hidden = parts["decoder"](input_ids=torch.tensor([ids])).last_hidden_state[0]
-        rewards = parts["objectives"](hidden)
-        if name == "QRM":
-            rewards = rewards.reshape(-1, OBJECTIVES, QUANTILES).mean(dim=2)
-        x = hidden[[gate]]
-        for i, layer in enumerate(parts["layers"]):
-            last = i == len(parts["layers"]) - 1
-            x = torch.relu(layer(x)) if name == "ArmoRM" and not last else layer(x)
-        weights = torch.softmax(x / 2.0, dim=1) * parts["scale"]
-        scores: Tensor = (weights * (rewards @ parts["mixing"])).sum(dim=1)
-        return scores
+        return own_reading(name, parts, hidden, hidden[gate])
+
+
+def doubled(parts: dict[str, Any]) -> dict[str, Any]:
+    return {key: each.double() for key, each in parts.items()}
 
 
 @pytest.mark.parametrize("name", ["ArmoRM", "QRM"])
@@ -132,19 +144,78 @@ def test_the_parts_of_the_objectives_are_told_and_sum_to_the_scores(name: str, t
     assert np.abs(captured.objectives).max() > 1e-3
 
 
-def test_objectives_are_answered_where_a_model_has_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ArmoRM", "QRM"])
+def test_contributions_are_weight_times_value_times_gradient_under_each_prompts_own_gate(
+    name: str, tmp_path: Path
+) -> None:
+    parts = save(tmp_path, name)
+    engine = TorchEngine.load(str(tmp_path), device="cpu")
+    layers = range(engine.facts.layers)
+    needs: frozenset[Need] = frozenset([Contributions(), *(Contributions(layer) for layer in layers)])
+    batch = [made_up(seed, needs) for seed in range(3)]
+    batch.insert(1, made_up(3))
+    captured = engine.forward(batch)
+    parts = doubled(parts)
+    for sequence, found in zip(batch, captured, strict=True):
+        ids, response = list(sequence.token_ids), slice(sequence.prompt_length, sequence.response_stop)
+        with torch.no_grad():
+            gate = parts["decoder"](input_ids=torch.tensor([ids])).last_hidden_state[0, sequence.gate]
+        own = SimpleNamespace(
+            config=parts["decoder"].config,
+            model=parts["decoder"],
+            score=lambda hidden, gate=gate: own_reading(name, parts, hidden[None], gate),
+        )
+        expected = {layer: reference.contributions(own, ids, layer)[response] for layer in layers}
+        assert set(found.contributions) == ({None, *layers} if sequence.needs else set())
+        for layer, each in found.contributions.items():
+            wanted = np.sum(list(expected.values()), axis=0) if layer is None else expected[layer]
+            np.testing.assert_allclose(each, wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", ["ArmoRM", "QRM"])
+def test_gradients_are_those_of_the_whole_model_gate_included(name: str, tmp_path: Path) -> None:
+    parts = save(tmp_path, name)
+    engine = TorchEngine.load(str(tmp_path), device="cpu")
+    sequence = made_up(0, frozenset([Gradients()]))
+    [captured] = engine.forward([sequence])
+    parts = doubled(parts)
+    embedding = parts["decoder"].get_input_embeddings()
+    padding = embedding.weight[parts["decoder"].config.pad_token_id].detach()
+    away = embedding(torch.tensor([list(sequence.token_ids)])).detach() - padding
+    shares = torch.ones(len(sequence.token_ids), dtype=torch.float64, requires_grad=True)
+    hidden = parts["decoder"](inputs_embeds=padding + shares[None, :, None] * away).last_hidden_state[0]
+    score = own_reading(name, parts, hidden[[sequence.scored_position]], hidden[sequence.gate])
+    expected = torch.autograd.grad(score.sum(), shares)[0][sequence.prompt_length : sequence.response_stop].numpy()
+    assert captured.gradients is not None
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(captured.gradients, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def made_up(seed: int, needs: frozenset[Need] = frozenset()) -> ScoringInput:
+    """A sequence of ids from a seed; its gate is the one of its prompt."""
+    ids = np.random.default_rng(seed).integers(3, 320, 32 + seed).tolist()
+    return ScoringInput(ids, 12 + seed, 18, 31 + seed, needs=needs, gate=7 + seed)
+
+
+def test_objectives_and_every_method_of_a_whole_response_are_answered(tmp_path: Path) -> None:
     save(tmp_path / "armo", "ArmoRM")
     with (
         serving(tmp_path / "log", "--device", "cpu", "--model", str(tmp_path / "armo")) as server,
         httpx.Client(base_url=server.url, timeout=60) as http,
     ):
         api = Api(http)
-        item = api.item({"messages": DIALOGUE, "response": "Thank you."}, include=["objectives", "prefix_scores"])
+        asked: Any = {"messages": DIALOGUE, "response": "Thank you."}
+        item = api.item(asked, include=["objectives", "prefix_scores"])
+        card = server.get("/v1/models").json()["data"][0]
+        available = [name for name, method in card["methods"].items() if method["available"]]
+        signed = api.item(asked, methods=["contribution", "attribution"])["token_rewards"]  # `api` checks the sums
         _, refused = api.refusal([{"prompt": "How?", "response": "So."}])
     assert len(item["objectives"]) == OBJECTIVES
     total = np.sum([each["scores"] for each in item["objectives"]], axis=0)
     np.testing.assert_allclose(total, item["prefix_scores"], atol=1e-5)
     assert sum(each["reward"] for each in item["objectives"]) == pytest.approx(item["reward"], abs=1e-5)
+    assert set(METHODS) - set(available) == {"steps", "implicit", "contrastive"}
+    assert min(np.ptp(rewards) for rewards in signed.values()) > 0
     assert refused["code"] == "no_gate"
 
 
@@ -160,10 +231,9 @@ def test_a_long_prompt_that_comes_again_still_has_its_gate(tmp_path: Path) -> No
 
 def test_a_prompt_that_does_not_end_where_the_gate_is_is_refused(tmp_path: Path) -> None:
     save(tmp_path, "ArmoRM")
-    engine, aligner = load_unchecked(ModelSettings(model=[str(tmp_path)], device="cpu"))
+    _, aligner = load_unchecked(ModelSettings(model=[str(tmp_path)], device="cpu"))
     with pytest.raises(InvalidRequest, match="weighs its objectives where a prompt ends with"):
         aligner.align(Sample.model_validate({"prompt": "How was it?", "response": "Good."}))
-    assert Contributions() not in engine.provides
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -42,7 +43,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-ARCHITECTURES = ("llama", "qwen3", "mistral", "gemma2", "gpt2")
+ARCHITECTURES = ("llama", "qwen3", "mistral", "gemma2", "gpt2", "gpt_oss")
 
 _SIZE: dict[str, Any] = {
     "hidden_size": 64,
@@ -95,6 +96,10 @@ def make_config(architecture: str, **changes: Any) -> Any:
         "phi": (PhiConfig, {}),
         "llama": (LlamaConfig, {}),
         "mixtral": (MixtralConfig, {"num_local_experts": 2}),
+        "gpt_oss": (
+            GptOssConfig,
+            {"head_dim": 16, "sliding_window": 9, "num_local_experts": 4, "num_experts_per_tok": 2},
+        ),
         "qwen2": (Qwen2Config, {}),
         "qwen3": (Qwen3Config, {"head_dim": 32}),
         "mistral": (MistralConfig, {"sliding_window": 9}),
@@ -108,14 +113,16 @@ def make_config(architecture: str, **changes: Any) -> Any:
 
 
 def make_model(architecture: str, seed: int = 0, kind: Any = None, **changes: Any) -> PreTrainedModel:
-    """A random model whose matrices are large enough for attention to differ from uniform; one with a score head."""
+    """A random model whose matrices and sinks are large enough for attention to show; one with a score head."""
     torch.manual_seed(seed)
     config = make_config(architecture, **changes)
     model: PreTrainedModel = (kind or AutoModelForSequenceClassification).from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3)
+            elif name.endswith("sinks"):
+                parameter.normal_(mean=2.0)
     model.eval()
     return model
 
@@ -203,7 +210,7 @@ def save_encoder(folder: Path, kind: str = "deberta-v2", seed: int = 0, **change
         "deberta-v2": {**relative, "position_buckets": 32, "norm_rel_ebd": "layer_norm", "type_vocab_size": 0},
         "deberta": {**relative, "type_vocab_size": 0},
         "bert": {"type_vocab_size": 2},
-        "roberta": {"max_position_embeddings": 131},
+        "roberta": {"max_position_embeddings": 131, "type_vocab_size": 1},
         "modernbert": {"local_attention": 16, "cls_token_id": 0, "sep_token_id": 2},
     }
     sizes = {name: value for name, value in _SIZE.items() if name != "num_key_value_heads"}

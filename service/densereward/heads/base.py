@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -50,9 +50,13 @@ class Head(ABC):
 
     Attributes:
         name: its row in the table of heads.
+        gate: what prompts must end with, for a head that also reads where that begins (`heads.gated`).
+        objectives: whether its score is a sum over objectives.
     """
 
     name: ClassVar[str]
+    gate: ClassVar[str | None] = None
+    objectives: ClassVar[bool] = False
 
     @abstractmethod
     def read(self, hidden: Float[Tensor, "M E"], following: Int64[Tensor, " _"]) -> Float32[Tensor, " M"]:
@@ -71,7 +75,6 @@ class ScoreHead(Head):
         families: the models that have it, for the table of families.
         unit: what a score is of: the sequence (and likewise of any prefix), a token, or a step.
         steps: how steps are written, where that comes with the family.
-        gate: what prompts must end with, for a head that also reads where that begins (`heads.gated`).
         renamed: patterns of weights' names in its checkpoints, and what they are called here.
         notice: what an operator must know of its scores; None where they are rewards as they stand.
         score_token: what is written behind a response and all that closes it, for a family that is read there.
@@ -83,7 +86,6 @@ class ScoreHead(Head):
     families: ClassVar[str]
     unit: ClassVar[Unit] = "sequence"
     steps: ClassVar[Steps | None] = None
-    gate: ClassVar[str | None] = None
     renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
     notice: str | None = None
     score_token: int | None = None
@@ -107,6 +109,21 @@ class ScoreHead(Head):
     @abstractmethod
     def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
         """Scores at M positions; can be differentiated."""
+
+    def parts(
+        self,
+        hidden: Float[Tensor, "M E"],
+        gates: Float[Tensor, "B E"],  # noqa: ARG002
+        owner: Int64[Tensor, " M"] | Sequence[int],  # noqa: ARG002
+    ) -> Float32[Tensor, "K M"]:
+        """What each of K objectives adds to the scores at M positions, which are their sum; most heads have but one.
+
+        Args:
+            hidden: where they are read.
+            gates: where the gates are, one a sequence; a head without a gate does not look at them.
+            owner: the sequence of each position.
+        """
+        return self.scores(hidden)[None]
 
     def read(self, hidden: Float[Tensor, "M E"], following: Int64[Tensor, " _"]) -> Float32[Tensor, " M"]:  # noqa: ARG002
         """The scores, whatever follows."""

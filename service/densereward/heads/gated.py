@@ -3,13 +3,15 @@
     score(t) = sum_k gate_k * (objectives(h_t) M)_k          gate = scale * softmax(layers(h_g) / temperature)
 
 h_g is the hidden state where the prompt's last message ends, five tokens before the response, and M mixes objectives.
-So the gate is the same for all prefixes of a response. QRM predicts quantiles of each objective, whose mean it takes,
-and has a batch normalisation behind each layer of the gate but the last; ArmoRM has neither.
+So the gate is the same for all prefixes of a response, and nothing that its tokens do moves it: contributions and
+gradients are those of the score with the gate as it stands. QRM predicts quantiles of each objective, whose mean it
+takes, and has a batch normalisation behind each layer of the gate but the last; ArmoRM has neither.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ class GatedHead(ScoreHead):
     name = "gated"
     families = "ArmoRM, QRM (Llama 3)"
     gate = _GATE
+    objectives = True
 
     @classmethod
     def fits(cls, checkpoint: Checkpoint) -> bool:
@@ -85,15 +88,12 @@ class GatedHead(ScoreHead):
         raise ModelError(f"{self.name} reads a score in two places")
 
     def parts(
-        self, hidden: Float[Tensor, "M E"], gates: Float[Tensor, "B E"], owner: Int64[Tensor, " M"]
+        self,
+        hidden: Float[Tensor, "M E"],
+        gates: Float[Tensor, "B E"],
+        owner: Int64[Tensor, " M"] | Sequence[int],
     ) -> Float32[Tensor, "K M"]:
-        """What each of K objectives adds to the scores at M positions; their sum is the score.
-
-        Args:
-            hidden: where they are read.
-            gates: where the gates are, one a sequence.
-            owner: the sequence of each position.
-        """
+        """The objectives, weighed by the gate of each position's sequence."""
         quantiles = in_float32(self._objectives, hidden).unflatten(1, (len(self._mixing), -1))
         objectives = quantiles.mean(dim=2) @ self._mixing.float()
         parts: Float32[Tensor, "M K"] = self._weights(gates)[owner] * objectives

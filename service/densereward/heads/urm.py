@@ -8,10 +8,11 @@ spread has no part in the score.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,6 +31,7 @@ class UrmHead(ScoreHead):
 
     name = "urm"
     families = "URM"
+    objectives = True
 
     @classmethod
     def fits(cls, checkpoint: Checkpoint) -> bool:
@@ -53,10 +55,15 @@ class UrmHead(ScoreHead):
 
     def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
         """The weighted means."""
-        return self.parts(hidden).sum(dim=0)
+        return self.parts(hidden, hidden[:0], ()).sum(dim=0)
 
-    def parts(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, "K M"]:
-        """What each of K attributes adds to the scores at M positions; their sum is the score."""
+    def parts(
+        self,
+        hidden: Float[Tensor, "M E"],
+        gates: Float[Tensor, "B E"],  # noqa: ARG002
+        owner: Int64[Tensor, " M"] | Sequence[int],  # noqa: ARG002
+    ) -> Float32[Tensor, "K M"]:
+        """The means, weighed."""
         means = in_float32(self._attributes, hidden)[:, ::2]
         weights: Tensor = hidden.float()
         for each in self._weights[:-1]:

@@ -44,7 +44,9 @@ def captured(folder: Path) -> Captured:
 
 
 def double(folder: Path, attention: str = "eager") -> Any:
-    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation=attention)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, attn_implementation=attention, experts_implementation="eager"
+    )
     return model.double().eval()
 
 
@@ -60,7 +62,10 @@ def weakened(token: int, share: float) -> Iterator[str]:
             logits = torch.tanh(logits / cap) * cap
         far = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
         hidden = (far < 0) | (far >= (others.get("sliding_window") or len(IDS)))
-        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        logits = logits.masked_fill(hidden, -torch.inf)
+        if (sinks := others.get("s_aux")) is not None:
+            logits = torch.cat([logits, sinks[:, None, None].expand_as(logits[..., :1])], -1)
+        weights = logits.softmax(-1)[..., : k.shape[2]]
         if module.layer_idx == LAYERS - 1:
             weights[..., LAST, token] *= share
         return (weights @ values).transpose(1, 2), None

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from densereward.engines.torch.kernels import Part, Variant, add, attend, attend_each, explicit
+from densereward.engines.torch.kernels import Part, Variant, add, attend, attend_each, beside_sinks, explicit
+
+SINKS = torch.tensor([-torch.inf, -3.0, 0.0, 1.0, 5.0, 200.0])
 
 
 def tensors(queries: int, keys: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,7 +29,8 @@ def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tens
             scores = variant.scaling * k[head // 3] @ q[head, query]
             if variant.softcap is not None:
                 scores = variant.softcap * torch.tanh(scores / variant.softcap)
-            shares = torch.softmax(scores[visible[query]], dim=0)
+            sink = torch.empty(0) if variant.sinks is None else variant.sinks[head : head + 1]
+            shares = torch.softmax(torch.cat([sink, scores[visible[query]]]), dim=0)[len(sink) :]
             output[head, query] = shares @ v[head // 3][visible[query]]
     return output
 
@@ -42,11 +45,12 @@ def test_a_fused_call_equals_the_naive_loop(queries: int, keys: int, causal: boo
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_what_is_written_out_equals_the_naive_loop(softcap: float | None) -> None:
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["no sinks", "sinks"])
+def test_what_is_written_out_equals_the_naive_loop(softcap: float | None, sinks: torch.Tensor | None) -> None:
     q, k, v = tensors(5, 7)
     visible = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.5
     visible[:, 0] = True
-    variant = Variant(0.3, softcap=softcap)
+    variant = Variant(0.3, softcap=softcap, sinks=sinks)
     torch.testing.assert_close(
         explicit(q, k, v, visible, variant), naive(q, k, v, visible, variant), atol=1e-5, rtol=1e-5
     )
@@ -62,6 +66,27 @@ def test_merged_parts_are_attention_over_all_their_keys(keys: list[int], queries
         add(merged, part)
     torch.testing.assert_close(merged.output, whole.output, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(merged.weight, whole.weight, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_take_their_share_once_of_what_was_merged(dtype: torch.dtype) -> None:
+    q, k, v = tensors(5, 9)
+    total, part = (attend(q, k[:, each], v[:, each], 0.3, causal=False) for each in (slice(4), slice(4, 9)))
+    total = Part(total.output.to(dtype), total.weight)
+    add(total, part)
+    expected = naive(q, k, v, torch.ones(5, 9, dtype=torch.bool), Variant(0.3, sinks=SINKS))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    found = beside_sinks(total, SINKS.to(dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_each_of_the_heads_that_stand_beside_each_other_has_its_own_sink() -> None:
+    q, k, v = tensors(8, 9)
+    beside = q.unflatten(1, (4, 2)).transpose(1, 2).flatten(0, 1)
+    found = beside_sinks(attend(beside, k, v, 0.3, causal=False), SINKS)
+    expected = beside_sinks(attend(q, k, v, 0.3, causal=False), SINKS)
+    torch.testing.assert_close(found.unflatten(0, (6, 2)).transpose(1, 2).flatten(1, 2), expected)
 
 
 def test_a_part_of_no_keys_adds_nothing() -> None:

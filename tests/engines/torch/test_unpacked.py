@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_decoders import UNPACKED, save
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import reference
 import tiny
+from decoder_kinds import UNPACKED, save
 from densereward.capture import AttentionRow, Need, PrefixScores, ScoringInput
 from densereward.checks import examine, refuse
 from densereward.engines.base import Engine

@@ -4,6 +4,7 @@ Registered with transformers' attention registry, so a model calls it with its o
 and values not yet expanded to all heads). Nothing here is ever of size T x T, and nothing is padded:
 
     plain attention          fused kernels, stretch by stretch of keys, merged by their log-sum-exps (kernels.py)
+    attention sinks          take their share of what was merged
     window or soft-capping   blocks of queries against the keys they can see
 
 Shapes: H query heads, K key heads, D head size, N packed tokens.
@@ -27,6 +28,7 @@ from densereward.engines.torch.kernels import (
     add,
     attend,
     attend_each,
+    beside_sinks,
     explicit,
     visible_keys,
 )
@@ -82,13 +84,14 @@ def packed_attention(
     packed: PackedBatch | Replay | Alone | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Float[Tensor, " H"] | None = None,
     **others: Any,
 ) -> tuple[Float[Tensor, "1 N H E"], None]:
     """Attention of every packed sequence, and the scored rows of the layers that `packed` names.
 
     Raises:
-        EngineFailure: the model asks for something this function does not compute (attention sinks, a bias, a mask,
-            bidirectional attention), or does not pass the packed batch through.
+        EngineFailure: the model asks for something this function does not compute (a bias, a mask, bidirectional
+            attention), or does not pass the packed batch through.
     """
     if packed is None:
         raise EngineFailure(f"{type(module).__name__} does not hand the packed batch to its attention")
@@ -97,16 +100,16 @@ def packed_attention(
     _refuse_unknown(module, attention_mask, others)
     _refuse_hidden_window(module, sliding_window)
     if isinstance(packed, Alone):
-        return _differentiable(query, key, value, Variant(scaling, sliding_window, softcap)), None
+        return _differentiable(query, key, value, Variant(scaling, sliding_window, softcap, s_aux)), None
     window = sliding_window if sliding_window is not None and sliding_window < packed.longest else None
-    variant = Variant(scaling, window, softcap)
+    variant = Variant(scaling, window, softcap, s_aux)
     layer = _layer(module)
     q, k, v = query[0], *_with_kept(key[0], value[0], packed, layer)
     for places, kept in packed.grows:
         kept.extend(layer, k[:, _slice(places)], v[:, _slice(places)])
     keep(layer, q, k, v, packed, variant)
     fused = variant.plain and (not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16))
-    output = _fused(q, k, v, packed, scaling) if fused else _written_out(q, k, v, packed, variant)
+    output = _fused(q, k, v, packed, variant) if fused else _written_out(q, k, v, packed, variant)
     output = output.transpose(0, 1)[None]
     if packed.contributions:
         packed.outputs[layer] = output[:, packed.scored]
@@ -115,7 +118,7 @@ def packed_attention(
 
 def _differentiable(query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Float[Tensor, "1 N H E"]:
     """Causal attention of one sequence, by functions that have derivatives."""
-    if variant.plain:
+    if variant.plain and variant.sinks is None:
         output = nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=variant.scaling, enable_gqa=True
         )
@@ -163,8 +166,9 @@ def _refuse_hidden_window(module: nn.Module, window: int | None) -> None:
         )
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float) -> Float[Tensor, "H N E"]:
+def _fused(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, variant: Variant) -> Float[Tensor, "H N E"]:
     """Segments on themselves, trunks on what they follow elsewhere, blocks of closed prefixes on all they follow."""
+    scaling = variant.scaling
     lengths = [len(segment) for segment in packed.segments]
     end = sum(lengths)
     own = attend_each(q[:, :end], k[:, :end], v[:, :end], lengths, lengths, scaling, causal=True) if end else None
@@ -174,23 +178,24 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float)
         counts = [len(each) for each in followers], [len(each) for each in beginnings]
         after = _span(followers)
         add(own.at(after), attend_each(q[:, after], ks, vs, *counts, scaling, causal=False))
-    if own is not None and not packed.blocks:
-        return own.output
+    finished = None if own is None else beside_sinks(own, variant.sinks)
+    if finished is not None and not packed.blocks:
+        return finished
     output = q.new_empty(*q.shape[:2], v.shape[-1])
-    if own is not None:
-        output[:, :end] = own.output
+    if finished is not None:
+        output[:, :end] = finished
     for placed in packed.blocks:
-        output[:, _slice(placed.blocks)] = _closed(q, k, v, placed, scaling)
+        output[:, _slice(placed.blocks)] = _closed(q, k, v, placed, variant)
     return output
 
 
-def _closed(q: Tensor, k: Tensor, v: Tensor, placed: Placed, scaling: float) -> Float[Tensor, "H C E"]:
+def _closed(q: Tensor, k: Tensor, v: Tensor, placed: Placed, variant: Variant) -> Float[Tensor, "H C E"]:
     """Blocks of closed prefixes: each on itself, on the prompt, and on the response so far.
 
     A block's tokens stand beside each other as further heads, so that one call serves all the blocks, and what each
     sees of the response is plain causality.
     """
-    whole = placed.piece.whole
+    whole, scaling = placed.piece.whole, variant.scaling
     closed_at = whole.closed_at[placed.piece.blocks.start : placed.piece.blocks.stop]
     size = len(whole.sequence.closing_ids)
     beside = q[:, _slice(placed.blocks)].unflatten(1, (-1, size)).transpose(1, 2).flatten(0, 1)  # [H * size, B, D]
@@ -207,7 +212,8 @@ def _closed(q: Tensor, k: Tensor, v: Tensor, placed: Placed, scaling: float) -> 
             queries = beside.new_zeros(len(beside), len(rest), beside.shape[-1]).index_copy(1, at, queries)
         seen = attend(queries, k[:, _slice(rest)], v[:, _slice(rest)], scaling, causal=True)
         add(total.at(slice(1, None)), seen if len(at) == len(rest) else Part(seen.output[:, at], seen.weight[:, at]))
-    return torch.flatten(total.output.unflatten(0, (-1, size)).transpose(1, 2), 1, 2)
+    output = beside_sinks(total, variant.sinks)
+    return torch.flatten(output.unflatten(0, (-1, size)).transpose(1, 2), 1, 2)
 
 
 def _on_itself(q: Tensor, k: Tensor, v: Tensor, blocks: range, size: int, scaling: float) -> Part:

@@ -28,7 +28,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 
 
 def contributions(
-    backbone: Any, head: Any, packed: PackedBatch, scores: Float32[Tensor, " R"]
+    backbone: Any, head: Any, packed: PackedBatch, read: Float[Tensor, "R E"], gates: Float[Tensor, "B E"]
 ) -> dict[Need, Float32[Tensor, " K"]]:
     """The contributions that a batch needs, laid out as `packed.row_keys`.
 
@@ -36,7 +36,8 @@ def contributions(
         backbone: the decoder.
         head: the score head.
         packed: the batch, after its forward pass.
-        scores: of the scored tokens, from that pass.
+        read: hidden states of the scored tokens, from that pass.
+        gates: of every piece's gate, likewise; none for a head without.
 
     Raises:
         EngineFailure: the second run gave other scores, so something but attention moves between the model's tokens.
@@ -47,9 +48,11 @@ def contributions(
             layer: output.clone().requires_grad_(layer in packed.looks) for layer, output in packed.outputs.items()
         }
         ids, positions = (each[:, packed.scored].clone() for each in (packed.token_ids, packed.position_ids))
+        gates = gates.clone()
         hidden = backbone(input_ids=ids, position_ids=positions, use_cache=False, packed=Replay(outputs))
-        again = head.scores(hidden.last_hidden_state[0])
+        again = head.parts(hidden.last_hidden_state[0], gates, packed.rows_of).sum(dim=0)
         gradients = torch.autograd.grad(again.sum(), [outputs[layer] for layer in layers])
+    scores = head.parts(read, gates, packed.rows_of).sum(dim=0)
     check_same(again.detach(), scores, hidden.last_hidden_state.dtype, "contributions")
     each = {
         layer: _through(packed.looks[layer], gradient[0], packed)

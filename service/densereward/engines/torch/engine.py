@@ -38,7 +38,6 @@ from densereward.engines.torch.pieces import write_out
 from densereward.errors import EngineFailure
 from densereward.heads.base import ScoreHead
 from densereward.heads.bradley_terry import BradleyTerryHead
-from densereward.heads.gated import GatedHead
 
 __all__ = ["TorchEngine"]
 
@@ -89,7 +88,7 @@ class TorchEngine:
         self._passes = Passes(model, self._head, self.facts.layers, tokens, cache)
         self._passes.check_attention()
         self._differentiated: frozenset[Need] = frozenset()
-        if self.facts.unit != "sequence" or gated:
+        if self.facts.unit != "sequence":
             return
         layers = range(-self.facts.layers, self.facts.layers)
         contributed = [Contributions(), *(Contributions(layer) for layer in layers)]
@@ -138,7 +137,7 @@ class TorchEngine:
         layers = range(-self.facts.layers, self.facts.layers)
         in_layers = (kind(layer) for kind in (AttentionRow, ReceivedAttention) for layer in layers)
         scores: list[Need] = [PrefixScores("open"), PrefixScores("closed"), Variants()]
-        scores += [Objectives()] if self.facts.gate is not None else []
+        scores += [Objectives()] if self._head.objectives else []
         return frozenset([*scores, *in_layers]) | self._differentiated
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
@@ -185,11 +184,8 @@ class TorchEngine:
         """
         hidden, rows = self._passes.reference(self._model, sequence)
         with torch.inference_mode():
-            if isinstance(self._head, GatedHead):
-                owner = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-                scores = self._head.parts(hidden, hidden[[sequence.gate]], owner).sum(dim=0).cpu().numpy()
-            else:
-                scores = self._head.scores(hidden).cpu().numpy()
+            parts = self._head.parts(hidden, hidden[[sequence.gate]], [0] * len(hidden))
+            scores = parts.sum(dim=0).cpu().numpy()
         start, stop = sequence.prompt_length, sequence.response_stop
         wanted = [need for need in sequence.needs if isinstance(need, AttentionRow)]
         steps = scores[list(sequence.steps)]

@@ -36,7 +36,7 @@ def gradients(model: Any, head: Any, sequence: ScoringInput, score: float) -> Fl
         hidden = model.base_model(
             inputs_embeds=embedded[None], position_ids=positions, use_cache=False, packed=Alone()
         ).last_hidden_state[0]
-        again = head.scores(hidden[sequence.scored_position][None])
+        again = head.parts(hidden[[sequence.scored_position]], hidden[[sequence.gate]], [0]).sum(dim=0)
         (gradient,) = torch.autograd.grad(again.sum(), embedded)
         away = embedded.detach().float()
         if padding is not None and 0 <= padding < embedding.num_embeddings:

@@ -26,6 +26,7 @@ __all__ = [
     "add",
     "attend",
     "attend_each",
+    "beside_sinks",
     "explicit",
     "explicit_weights",
     "visible_keys",
@@ -48,15 +49,17 @@ class Variant:
         scaling: factor on the scores.
         window: a query sees the last so many keys, itself included; None sees all.
         softcap: scores are bent by softcap * tanh(score / softcap); None leaves them.
+        sinks: a score in each head that takes part in the softmax and has no value; None where there are none.
     """
 
     scaling: float
     window: int | None = None
     softcap: float | None = None
+    sinks: Float[Tensor, " H"] | None = None
 
     @property
     def plain(self) -> bool:
-        """Whether fused kernels compute it."""
+        """Whether fused kernels compute it, all but the sinks."""
         return self.window is None and self.softcap is None
 
 
@@ -85,6 +88,19 @@ def add(total: Part, part: Part) -> None:
     if output is not total.output:  # narrower than float32, so what was added up is a copy
         total.output.copy_(output)
     total.weight.copy_(weight)
+
+
+def beside_sinks(total: Part, sinks: Float[Tensor, " _"] | None) -> Float[Tensor, "H Q D"]:
+    """What sinks leave of the output over all keys, in place; a head may be laid out as several, side by side."""
+    if sinks is not None:
+        left = _left_by(sinks[:, None, None], total.weight.unflatten(0, (len(sinks), -1)))
+        total.output.mul_(left.flatten(0, 1)[..., None])
+    return total.output
+
+
+def _left_by(sinks: Tensor, weight: Tensor) -> Tensor:
+    """The keys' share of a softmax that sinks take part in, by the keys' log-sum-exp."""
+    return torch.sigmoid(weight - sinks.float())
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, *, causal: bool) -> Part:
@@ -147,7 +163,11 @@ def explicit_weights(
     logits = (grouped @ k[:, None].transpose(-1, -2)).float() * variant.scaling
     if variant.softcap is not None:
         logits = torch.tanh(logits / variant.softcap) * variant.softcap
-    return logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    logits = logits.masked_fill(~visible, -torch.inf)
+    weights = logits.softmax(dim=-1)
+    if variant.sinks is None:
+        return weights
+    return weights * _left_by(variant.sinks.reshape(len(k), -1, 1, 1), logits.logsumexp(dim=-1, keepdim=True))
 
 
 def visible_keys(queries: Tensor, keys: Tensor, window: int | None) -> Bool[Tensor, "Q L"]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +20,6 @@ from densereward.engines.torch.packing import PackedBatch, pack
 from densereward.engines.torch.pieces import Piece, WrittenOut, in_pieces, write_out
 from densereward.errors import CannotPack, EngineFailure
 from densereward.heads.base import Head
-from densereward.heads.gated import GatedHead
 
 __all__ = ["Passes", "Result"]
 
@@ -35,7 +34,7 @@ class Result:
     Attributes:
         whole: the sequence, written out.
         reads: what the head says at each of its reads; filled piece by piece.
-        objectives: its parts, for a gated head.
+        objectives: their parts, for a head that sums over objectives; filled likewise.
         rows: the scored rows from the sequence's first token on, layers counted from 0.
         sums: per layer, the attention that each token of the sequence received; added up piece by piece.
     """
@@ -53,6 +52,12 @@ class Result:
     def prompt(self) -> Prompt:
         """The prompt, as it is looked up."""
         return tuple(self.whole.sequence.token_ids[: self.whole.sequence.prompt_length])
+
+    def add_objectives(self, slots: Int64[np.ndarray, " r"], parts: Float32[np.ndarray, "K r"]) -> None:
+        """Fill in the parts of some reads."""
+        if self.objectives is None:
+            self.objectives = np.full((len(parts), len(self.reads)), np.nan, dtype=np.float32)
+        self.objectives[:, slots] = parts
 
     def receive(self, layer: int, sums: Float32[np.ndarray, " _"]) -> None:
         """Add attention that the sequence's first tokens received."""
@@ -160,16 +165,16 @@ class Passes:
         self._prompts.clear()
 
     def _read(
-        self, hidden: Float[Tensor, "N E"], packed: PackedBatch
+        self, hidden: Float[Tensor, "M E"], gates: Float[Tensor, "_ E"], packed: PackedBatch
     ) -> tuple[Float32[Tensor, " M"], Float32[Tensor, "K M"]]:
-        """What the head says at every read place; of a gated one, which looks at the gates too, also the parts."""
-        if isinstance(self._head, GatedHead):
-            reads_each = torch.tensor([len(each.read_slots) for each in packed.placed], device=self._device)
-            owner = torch.arange(len(reads_each), device=self._device).repeat_interleave(reads_each)
-            parts = self._head.parts(hidden[packed.read], hidden[packed.gates], owner)
-            return parts.sum(dim=0), parts if self._wants_objectives(packed) else parts[:0]
-        reads = self._head.read(hidden[packed.read], packed.following)
-        return reads, reads.new_zeros(0, len(reads))
+        """What the head says at every read place; where that is a sum over objectives, also the parts."""
+        if not self._head.objectives:
+            reads = self._head.read(hidden, packed.following)
+            return reads, reads.new_zeros(0, len(reads))
+        reads_each = torch.tensor([len(each.read_slots) for each in packed.placed], device=self._device)
+        owner = torch.arange(len(reads_each), device=self._device).repeat_interleave(reads_each)
+        parts = self._head.parts(hidden, gates, owner)
+        return parts.sum(dim=0), parts if self._wants_objectives(packed) else parts[:0]
 
     @staticmethod
     def _wants_objectives(packed: PackedBatch) -> bool:
@@ -194,10 +199,10 @@ class Passes:
         hidden = self.backbone(
             input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
         ).last_hidden_state[0]
-        reads, objectives = self._read(hidden, packed)
+        gates = hidden[packed.gates] if self._head.gate is not None else hidden[:0]
+        reads, objectives = self._read(hidden[packed.read], gates, packed)
         if packed.contributions:
-            scores = self._head.scores(hidden[packed.scored])
-            packed.rows.update(contributions(self.backbone, self._head, packed, scores))
+            packed.rows.update(contributions(self.backbone, self._head, packed, hidden[packed.scored], gates))
         if packed.row_needs != packed.rows.keys() or None in packed.sums.values():
             raise EngineFailure(f"{self._family} did not run its attention in all the layers that are needed")
         _hand_out(packed, results, reads, objectives)
@@ -216,7 +221,7 @@ def _hand_out(
         slots = placed.read_slots
         result.reads[slots] = on_host[0][read : read + len(slots)]
         if len(objectives):
-            result.objectives = on_host[-1].reshape(objectives.shape)[:, read : read + len(slots)]
+            result.add_objectives(slots, on_host[-1].reshape(objectives.shape)[:, read : read + len(slots)])
         read += len(slots)
     rows = dict(zip(needs, on_host[1 : 1 + len(needs)], strict=True))
     for index in packed.rows_of:

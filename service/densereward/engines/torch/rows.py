@@ -44,10 +44,11 @@ def scored_weights(
         positions = packed.key_positions
         far = positions[packed.row_keys] <= positions[packed.scored][owner] - variant.window
         logits = logits.masked_fill(far[:, None], -torch.inf)
-    highest = logits.new_full((len(packed.scored), heads), -torch.inf)
+    sinks = logits.new_full((heads,), -torch.inf) if variant.sinks is None else variant.sinks.float()
+    highest = sinks.repeat(len(packed.scored), 1)
     highest = highest.scatter_reduce(0, owner[:, None].expand_as(logits), logits, "amax")
     weights = torch.exp(logits - highest[owner])
-    sums = torch.zeros_like(highest).index_add(0, owner, weights)
+    sums = torch.exp(sinks - highest).index_add(0, owner, weights)
     return weights / sums[owner]
 
 

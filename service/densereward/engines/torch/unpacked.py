@@ -263,21 +263,29 @@ class UnpackedEngine:
 
     def _reads_first(self, probe: ScoringInput) -> bool:
         """Whether the label is made of the first position's hidden state and of no other's."""
-        kept: list[Tensor] = []
+        base = self._model.base_model
+        pooled_inside = getattr(base, "encoder", base)  # some models pool in what stands round their encoder
+        gradient = self._gradient_at(base, probe)
+        if gradient is None:
+            gradient = self._gradient_at(pooled_inside, probe)
+        return gradient is not None and bool((gradient[0, 1:] == 0).all())
+
+    def _gradient_at(self, module: Any, probe: ScoringInput) -> Tensor | None:
+        """The score's gradient at the hidden states that a module gives; None where it is not made of those."""
+        given: list[Tensor] = []
 
         def keep(_module: Any, _given: Any, output: Any) -> Any:
-            kept.append(output[0].detach().requires_grad_())
-            output["last_hidden_state"] = kept[0]
+            given.append(output[0].detach().requires_grad_())
+            output["last_hidden_state"] = given[0]
             return output
 
-        handle = self._model.base_model.register_forward_hook(keep)
+        handle = module.register_forward_hook(keep)
         try:
             with torch.enable_grad():
                 score = self._model_output([probe], rows=False).logits.sum()
-                (gradient,) = torch.autograd.grad(score, kept[0])
+            return torch.autograd.grad(score, given[0])[0] if score.requires_grad else None
         finally:
             handle.remove()
-        return bool((gradient[0, 1:] == 0).all())
 
 
 def _positions(model: Any) -> int:
