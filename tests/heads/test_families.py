@@ -290,7 +290,8 @@ def test_a_score_in_the_first_row_of_a_language_models_head_is_read_where_it_is_
     [
         ("LlamaForCausalLM", "is a language model without a score head; two of them are a reward model as --pair"),
         ("GPT2LMHeadModel", "is a language model without a score head"),
-        ("DebertaForPairs", "DebertaForPairs is of no family that is known here"),
+        ("DebertaV2PairRM", "DebertaV2PairRM compares two responses and has no score for one"),
+        ("DebertaForRanking", "DebertaForRanking is of no family that is known here"),
         ("", "a config without architectures is of no family that is known here"),
     ],
 )

@@ -49,6 +49,8 @@ def head_for(checkpoint: Any, named: str | None = None) -> Any:
             return HEADS[name]
     if named is not None:
         return HEADS[named]
+    if "Pair" in checkpoint.architecture:
+        raise ModelError(f"{checkpoint.architecture} compares two responses and has no score for one")
     if checkpoint.architecture.endswith(("ForCausalLM", "LMHeadModel")):
         raise ModelError(
             f"{checkpoint.architecture} is a language model without a score head; two of them are a reward model as "
