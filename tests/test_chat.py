@@ -34,6 +34,7 @@ def test_a_dialogue_of_several_turns_is_rendered_whole() -> None:
 def test_a_template_that_strips_white_space_is_noticed() -> None:
     assert not template(tiny.CHATML).strips
     assert template(tiny.CHATML.replace("message['content']", "message['content'] | trim")).strips
+    assert template(tiny.CHATML.replace("message['content']", "' ' + message['content'] | trim + ' '")).strips
 
 
 def test_a_template_that_refuses_a_dialogue_says_why() -> None:

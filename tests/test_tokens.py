@@ -52,6 +52,17 @@ def test_a_character_written_as_byte_tokens_is_split_between_them() -> None:
     assert spans[-4:] == [(1, 2), (2, 3), (3, 4), (4, 5)]
 
 
+def test_a_blank_before_the_text_has_no_bytes_of_it() -> None:
+    spans = SENTENCEPIECE.spans_in_text("😀", SENTENCEPIECE.encode("😀"))
+    assert spans == [(0, 0), (0, 1), (1, 2), (2, 3), (3, 4)]
+
+
+def test_what_stands_behind_a_text_is_read_without_a_blank_before_it() -> None:
+    assert SENTENCEPIECE.ids_behind("k") == SENTENCEPIECE.encode("ak").ids[-1:]
+    assert SENTENCEPIECE.ids_behind("k") != SENTENCEPIECE.encode("k").ids
+    assert BYTE_LEVEL.ids_behind("<|im_end|>\n") == BYTE_LEVEL.encode("<|im_end|>\n").ids
+
+
 def test_spans_of_ids_are_the_bytes_the_ids_write() -> None:
     ids = BYTE_LEVEL.encode("a 😀<|im_end|>").ids
     spans = BYTE_LEVEL.spans_of_ids(ids)

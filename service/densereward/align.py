@@ -111,7 +111,7 @@ class Aligner:
         if self.template is None:
             self.closing_ids = self.vocabulary.suffix_ids
         else:
-            self.closing_ids = self.vocabulary.encode(self.template.closing).ids
+            self.closing_ids = self.vocabulary.ids_behind(self.template.closing)
         self._ending = [] if score_token is None else [score_token]
         self.closing_ids = [*self.closing_ids, *self._ending]
         self._between = None
@@ -247,8 +247,7 @@ class Aligner:
                     name for name in ("prompt", "messages", "prompt_token_ids") if getattr(sample, name) is not None
                 ),
             )
-        text = self._prompt_text(sample)
-        return sequence.with_prompt(self._with_bos(sample, self.vocabulary.prompt_ids(text)))
+        return sequence.with_prompt(self._tokenize(sample).prompt_ids)
 
     def _response(self, sample: Sample, text: _Text, slots: Slots) -> Response:
         cuts = None
@@ -337,18 +336,27 @@ class Aligner:
         encoding = self.vocabulary.encode(prompt + response)
         spans = self.vocabulary.spans_in_text(prompt + response, encoding)
         boundary = len(prompt.encode())
-        cut = next((i for i, (_, stop) in enumerate(spans) if stop > boundary), len(spans))
-        crosses = cut < len(spans) and spans[cut][0] < boundary
+        begin = next((start for start, stop in spans if stop > boundary), boundary)
+        # Many tokenizers read a blank with the word behind it; one that ends the prompt, as in "[/INST] So.", is then
+        # the response's.
+        if prompt.endswith(" ") and 0 < begin == boundary - 1:
+            before = self.vocabulary.prompt_ids(prompt[:-1])
+        else:
+            before, begin = prompt_ids, boundary
+        cut = len(before)
+        crosses = any(stop > begin for _, stop in spans[:cut][-1:]) or any(
+            start < begin for start, _ in spans[cut:][:1]
+        )
         # Where a tokenizer rewrites the text, its offsets may hide a crossing; the prompt's own ids do not.
-        if crosses or prompt_ids != encoding.ids[:cut]:
+        if crosses or before != encoding.ids[:cut]:
             text = self._apart(self._with_bos(sample, prompt_ids), response)
             text.warnings.append(
                 "split_boundary: read as one text, a token would hold the prompt's end and the response's beginning; "
                 "the two were tokenised apart"
             )
             return text
-        shifted = [(start - boundary, stop - boundary) for start, stop in spans[cut:]]
-        return _Text(self._with_bos(sample, prompt_ids), encoding.ids[cut:], shifted)
+        shifted = [(max(start - boundary, 0), max(stop - boundary, 0)) for start, stop in spans[cut:]]
+        return _Text(self._with_bos(sample, before), encoding.ids[cut:], shifted)
 
     def _notices(self, sample: Sample, text: _Text) -> list[str]:
         notices = []

@@ -33,7 +33,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         try:
             self.closing = self._split(_PROBE)[1]
-            self.strips = f" {_ANSWER} " not in self._write(_PROBE, f" {_ANSWER} ")
+            spaced = f"\t{_ANSWER}\t"  # tabs, since some templates write blanks of their own round an answer
+            self.strips = spaced not in self._write(_PROBE, spaced)
         except (TemplateError, ValueError) as error:
             raise ModelError(f"the chat template cannot be used: {error}") from error
         self.fingerprint = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()

@@ -98,6 +98,11 @@ class Vocabulary:
             return self.encode(text).ids
         return list(self._prompt_ids(text))
 
+    def ids_behind(self, text: str) -> list[int]:
+        """The ids of a text that stands behind another: without the blank that some tokenizers begin with."""
+        before, both = self.encode(_ANY_LETTER).ids, self.encode(_ANY_LETTER + text).ids
+        return both[len(before) :] if both[: len(before)] == before else self.encode(text).ids
+
     @property
     def size(self) -> int:
         """One more than the largest id."""
@@ -171,11 +176,15 @@ class Vocabulary:
     def spans_in_text(self, text: str, encoding: Encoding) -> list[Span]:
         """[start, end) of each token in the UTF-8 bytes of the text it was read from; in order, without overlap.
 
-        Exact where tokens spell out the text's bytes; where the tokenizer rewrites the text, from its offsets.
+        Exact where tokens spell out the text's bytes, be it behind the blank that some tokenizers begin with; where the
+        tokenizer rewrites the text, from its offsets.
         """
-        pieces = self._pieces(encoding.ids)
-        if pieces is not None and b"".join(pieces) == text.encode():
-            return _consecutive(list(map(len, pieces)))
+        pieces, raw = self._pieces(encoding.ids), text.encode()
+        written = b"".join(pieces or [])
+        if pieces is not None and written in (raw, self._before_text + raw):
+            blank = len(written) - len(raw)
+            spans = _consecutive(list(map(len, pieces)))
+            return [(max(start - blank, 0), max(stop - blank, 0)) for start, stop in spans] if blank else spans
         return _from_offsets(text, encoding.offsets)
 
 
