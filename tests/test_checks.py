@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForTokenClassification, Qwen3NextConfig, Qwen3NextForSequenceClassification
+from transformers import BertConfig, BertForTokenClassification
 
 import tiny
 from densereward.checks import examine, refuse
 from densereward.cli import main
+from densereward.engines.torch.engine import TorchEngine
+from densereward.engines.torch.loading import weights_fingerprint
 from densereward.errors import ModelError
 from densereward.settings import ALLOWABLE, ModelSettings
 from densereward.startup import load, load_unchecked
@@ -128,13 +131,20 @@ def bidirectional(folder: Path) -> None:
     tiny.make_tokenizer().save_pretrained(folder)
 
 
-def hybrid(folder: Path) -> None:
-    sizes: dict[str, Any] = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_labels": 1}
-    Qwen3NextForSequenceClassification(
-        Qwen3NextConfig(**sizes, **heads, pad_token_id=2, layer_types=["linear_attention", "full_attention"])
-    ).save_pretrained(folder)
+def pair_with_template(folder: Path) -> None:
+    tiny.save_encoder(folder)
     tiny.make_tokenizer().save_pretrained(folder)
+
+
+def chaotic(held: dict[str, torch.Tensor]) -> None:
+    """Attention so sharp that rounding its logits to half precision chooses other tokens."""
+    for name in held:
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            held[name].mul_(12)
+
+
+def shepherd_of_another_tokenizer(folder: Path) -> None:
+    tiny.save_language_model(folder, vocab_size=700)
 
 
 BOS_TWICE = "{{ '<|bos|><|bos|>' }}" + tiny.CHATML
@@ -149,7 +159,7 @@ FAULTS: dict[str, tuple[Plant, str, dict[str, Any]]] = {
     "a head of zeros": (weights(scaled("score.weight", 0.0)), "spread", {}),
     "a sigmoid left on": (weights(sigmoid_left_on), "model_error", {}),
     "a torn file": (torn, "model_error", {}),
-    "pickled weights": (pickled, "model_error", {}),
+    "pickled weights": (pickled, "pickle", {}),
     "a tokenizer with more tokens": (larger_tokenizer, "vocabulary", {}),
     "a tokenizer with far fewer tokens": (other_tokenizer(270), "vocabulary", {}),
     "a tokenizer with another beginning": (other_beginning, "special_tokens", {}),
@@ -168,7 +178,10 @@ FAULTS: dict[str, tuple[Plant, str, dict[str, Any]]] = {
     "a normaliser without figures": (config(normalize_reward=True), "model_error", {}),
     "a separator that the tokenizer does not know": (lost_separator, "model_error", {}),
     "a bidirectional model": (bidirectional, "model_error", {}),
-    "layers that are no attention": (hybrid, "model_error", {}),
+    "a pair of texts with a template for dialogues": (pair_with_template, "model_error", {}),
+    "a judge of pairs": (config(architectures=["LlamaPairRM"]), "model_error", {}),
+    "numbers that half precision drowns": (weights(chaotic), "dtype_drift|parity", {"dtype": "bfloat16"}),
+    "another family's tokens": (shepherd_of_another_tokenizer, "model_error", {"head": "math_shepherd"}),
     "a language model": (tiny.save_language_model, "model_error", {}),
     "an architecture nobody knows": (config(architectures=["LlamaForPairs"]), "model_error", {}),
 }
@@ -210,14 +223,54 @@ def test_a_sound_model_passes_every_look(tmp_path: Path, capsys: pytest.CaptureF
     assert {each["status"] for each in report["findings"]} == {"ok"}
     names = [each["name"] for each in report["findings"]]
     looks = ["weights", "vocabulary", "special_tokens", "template", "score_position", "numbers", "spread", "parity"]
-    assert names == [*looks, "speed"]
+    assert names == [*looks, "dtype_drift", "speed", "memory"]
+    assert re.search(
+        r"the weights take \d+ MiB, this process took at most [\d.]+ [MG]iB", report["findings"][-1]["text"]
+    )
 
 
 def test_half_precision_is_compared_with_float32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, report = check(tiny.save(tmp_path / "model"), capsys, "--dtype", "bfloat16")
-    [drift] = [each for each in report["findings"] if each["name"] == "dtype_drift"]
-    assert drift["status"] == "ok"
-    assert "bfloat16 moves scores of up to" in drift["text"]
+    computed, stored = [each for each in report["findings"] if each["name"] == "dtype_drift"]
+    assert computed["status"] == stored["status"] == "ok"
+    assert re.search(r"bfloat16 moves scores of up to .* from float32 arithmetic", computed["text"])
+    assert re.search(r"bfloat16 moves scores of up to .* from the weights' float32", stored["text"])
+
+
+def test_weights_that_are_stored_in_half_precision_are_not_loaded_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.save(tmp_path / "model")
+    held = load_file(folder / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in held.items()}, folder / "model.safetensors")
+    _, report = check(folder, capsys, "--dtype", "bfloat16")
+    [computed] = [each for each in report["findings"] if each["name"] == "dtype_drift"]
+    assert "from float32 arithmetic" in computed["text"]
+
+
+def test_pickled_weights_are_read_where_that_is_asked_for(tmp_path: Path) -> None:
+    plain, folder = tiny.save(tmp_path / "plain"), tmp_path / "pickled"
+    pickled(folder)
+    first, _ = load(ModelSettings(model=[str(plain)], device="cpu"))
+    second, _ = load(ModelSettings(model=[str(folder)], device="cpu", allow=["pickle"]))
+    assert first.facts.weights_fingerprint == second.facts.weights_fingerprint
+
+
+def test_a_pickle_that_runs_code_is_refused_even_then(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    pickled(folder)
+    torch.save({"score.weight": Path("any object that is no tensor")}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model.bin: Weights only load failed"):
+        load(ModelSettings(model=[str(folder)], device="cpu", allow=["pickle"]))
+
+
+def test_the_servers_own_start_compares_with_float32_without_a_second_copy(tmp_path: Path) -> None:
+    engine, aligner = load_unchecked(ModelSettings(model=[str(tiny.save(tmp_path))], device="cpu", dtype="bfloat16"))
+    before = engine.facts.weights_fingerprint
+    [drift] = [each for each in examine(engine, aligner) if each.name == "dtype_drift"]
+    assert drift.status == "ok"
+    assert isinstance(engine, TorchEngine)
+    assert weights_fingerprint(engine._model) == before
 
 
 def test_a_template_that_wants_more_than_white_space_passes(tmp_path: Path) -> None:

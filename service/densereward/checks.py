@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from densereward.align import Aligner
-from densereward.capture import AttentionRow, Need, PrefixScores, ScoringInput
+from densereward.capture import AttentionRow, Captured, Need, PrefixScores, ScoringInput
 from densereward.engines.base import TOLERANCE, Engine
 from densereward.errors import EngineFailure, ModelError
 from densereward.selfcheck import self_check
@@ -54,7 +54,7 @@ def examine(engine: Engine, aligner: Aligner, allow: Sequence[str] = ()) -> Iter
         aligner: its tokenizer and template.
         allow: names of failures that are let pass.
     """
-    for look in (_weights, _vocabulary, _special_tokens, _template, _closing, _numbers, _spread, _parity):
+    for look in (_weights, _vocabulary, _special_tokens, _template, _closing, _numbers, _spread, _parity, _drift):
         for finding in look(engine, aligner):
             allowed = finding.status == "fail" and finding.name in allow
             yield replace(finding, status="allowed") if allowed else finding
@@ -182,19 +182,38 @@ def _parity(engine: Engine, _: Aligner) -> Iterator[Finding]:
     yield Finding("parity", "ok" if moved <= limit else "fail", f"{text}; {limit:g} is allowed")
 
 
+def _drift(engine: Engine, _: Aligner) -> Iterator[Finding]:
+    """How far the dtype moves scores, from float32 arithmetic on the same weights."""
+    if engine.facts.dtype == "float32":
+        yield Finding("dtype_drift", "ok", "computed in float32")
+        return
+    sequences = _sequences(engine)
+    try:
+        exact = engine.exactly(sequences)
+    except EngineFailure as error:
+        yield Finding("dtype_drift", "warning", f"float32 cannot be compared with: {error.message}")
+        return
+    yield _moved(engine.facts.dtype, engine.forward(sequences), exact, "float32 arithmetic")
+
+
 def drift(engine: Engine, exact: Engine) -> Finding:
-    """How far the dtype moves scores.
+    """How far the dtype and the rounding of the weights move scores.
 
     Args:
         engine: as it is to be served.
         exact: the same model in float32.
     """
     sequences = _sequences(engine)
-    here, there = (np.array([each.reward for each in model.forward(sequences)]) for model in (engine, exact))
-    moved, largest = float(np.abs(here - there).max()), max(1.0, float(np.abs(there).max()))
-    limit = TOLERANCE[engine.facts.dtype]
-    text = f"{engine.facts.dtype} moves scores of up to {largest:.3g} by {moved:.2g}"
+    return _moved(engine.facts.dtype, engine.forward(sequences), exact.forward(sequences), "the weights' float32")
+
+
+def _moved(dtype: str, here: Sequence[Captured], there: Sequence[Captured], what: str) -> Finding:
+    """How far scores lie from more exact ones."""
+    one, two = (np.array([each.reward for each in given]) for given in (here, there))
+    moved, largest = float(np.abs(one - two).max()), max(1.0, float(np.abs(two).max()))
+    limit = TOLERANCE[dtype]
     status: Status = "ok" if moved <= limit * largest else "fail"
+    text = f"{dtype} moves scores of up to {largest:.3g} by {moved:.2g} from {what}"
     return Finding("dtype_drift", status, f"{text}; {limit:g} of the largest is allowed")
 
 

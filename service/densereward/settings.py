@@ -33,8 +33,17 @@ from pydantic_settings import (
 
 __all__ = ["ALLOWABLE", "PAIR", "ModelSettings", "ServerSettings"]
 
-ALLOWABLE = ("vocabulary", "special_tokens", "template_tokens", "doubled_bos", "spread", "parity", "dtype_drift")
-"""Findings of `densereward check` with which a model may be served."""
+ALLOWABLE = (
+    "pickle",
+    "vocabulary",
+    "special_tokens",
+    "template_tokens",
+    "doubled_bos",
+    "spread",
+    "parity",
+    "dtype_drift",
+)
+"""Findings of `densereward check` with which a model may be served; pickled weights, with which it may be loaded."""
 
 PAIR = "pair"
 """What requests call the pair of language models."""

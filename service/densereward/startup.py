@@ -84,6 +84,7 @@ def _engine(settings: ModelSettings, source: str) -> Engine:
         "batch_tokens": settings.max_batch_tokens,
         "separator": settings.step_separator,
         "head": settings.head,
+        "pickled": "pickle" in settings.allow,
     }
     try:
         engine: Engine = ENGINES["torch"].load(source, prompt_cache=settings.prompt_cache_bytes, **given)
@@ -132,6 +133,7 @@ def _load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
             longest=settings.max_length,
             batch_tokens=settings.max_batch_tokens,
             prompt_cache=settings.prompt_cache_bytes // len(sources),
+            pickled="pickle" in settings.allow,
         )
         _examine(engine, _aligner(tokenizer, engine), settings, source)
         engines.append(engine)

@@ -74,6 +74,9 @@ class FakeEngine:
     def reference(self, sequence: ScoringInput) -> Captured:
         return self._captured(sequence)
 
+    def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+        return [self._captured(each) for each in batch]
+
     def close(self) -> None:
         self.closed = True
 

@@ -6,6 +6,7 @@ Exits with 1 where the model would not be served.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from densereward.budget import measure_budget
 from densereward.checks import Finding, drift, examine
 from densereward.commands import FLAGS
 from densereward.engines.base import Engine
+from densereward.engines.torch.weights import stored_in_float32
 from densereward.errors import ModelError
 from densereward.settings import ModelSettings
 from densereward.startup import load_unchecked
@@ -69,12 +71,14 @@ class Check(ModelSettings, cli_prog_name="densereward check", **FLAGS):
             yield Finding(error.error_code, "fail", error.message)
             return
         yield from examine(engine, aligner, self.allow)
-        if engine.facts.dtype != "float32":
+        source = next(iter(self.sources.values()))
+        if engine.facts.dtype != "float32" and source != "default" and stored_in_float32(source, self.revision):
             exact, _ = load_unchecked(self.model_copy(update={"dtype": "float32"}))
             finding = drift(engine, exact)
             exact.close()
             yield finding if finding.name not in self.allow else Finding(finding.name, "allowed", finding.text)
         yield _speed(engine)
+        yield _memory(engine)
         engine.close()
 
 
@@ -84,6 +88,21 @@ def _speed(engine: Engine) -> Finding:
     budget = measure_budget(engine)
     seconds = time.perf_counter() - started
     return Finding("speed", "ok", f"a pass holds {budget} tokens on {engine.facts.device}, measured in {seconds:.1f} s")
+
+
+def _memory(engine: Engine) -> Finding:
+    """What the weights take, and the most that was taken while all of this ran."""
+    import torch
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    text = f"the weights take {_amount(engine.facts.weights_bytes)}, this process took at most {_amount(most)}"
+    if torch.cuda.is_available():
+        text += f", on the GPU {_amount(torch.cuda.max_memory_allocated())}"
+    return Finding("memory", "ok", f"{text}; kept prompts come on top (--prompt-cache-bytes)")
+
+
+def _amount(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def _told(finding: Finding) -> Finding:

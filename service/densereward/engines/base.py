@@ -31,6 +31,7 @@ class EngineFacts:
         batch_tokens: tokens in a forward pass that the device does best with.
         pair_cost: what one query looking at one key costs, in tokens' worth of matrix products.
         weights_fingerprint: changes when a weight does.
+        weights_bytes: what they take.
         unit: what the head scores: a sequence (and likewise any prefix of it), a token, or a step.
         steps: how steps are written; None where the unit is no step.
         gate: what prompts must end with, for a model that weighs objectives by what it reads where that begins.
@@ -54,6 +55,7 @@ class EngineFacts:
     batch_tokens: int
     pair_cost: float
     weights_fingerprint: str
+    weights_bytes: int = 0
     unit: Literal["sequence", "token", "step"] = "sequence"
     steps: Steps | None = None
     gate: str | None = None
@@ -92,6 +94,13 @@ class Engine(Protocol):
 
         Raises:
             EngineFailure: there is none.
+        """
+
+    def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+        """`forward`, computed in float32 on the weights as they are.
+
+        Raises:
+            EngineFailure: the model cannot be run so.
         """
 
     def close(self) -> None:

@@ -29,6 +29,7 @@ from densereward.capture import (
     StepScores,
     Variants,
 )
+from densereward.engines.torch.exact import in_float32_arithmetic
 from densereward.engines.torch.facts import facts_of, prepare
 from densereward.engines.torch.gradients import gradients
 from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_scorer
@@ -118,6 +119,7 @@ class TorchEngine:
         prompt_cache: int = 0,
         separator: str | None = None,
         head: str | None = None,
+        pickled: bool = False,
     ) -> TorchEngine:
         """Load from a folder or a hub id.
 
@@ -126,7 +128,7 @@ class TorchEngine:
             CannotPack: that it can, but not in packed batches.
         """
         chosen = choose_device(device)
-        model, read_by = load_scorer(source, revision, chosen, choose_dtype(dtype, chosen), head)
+        model, read_by = load_scorer(source, revision, chosen, choose_dtype(dtype, chosen), head, pickled=pickled)
         return cls(model, longest, batch_tokens, prompt_cache, separator, read_by)
 
     @property
@@ -197,6 +199,15 @@ class TorchEngine:
             else {},
             attention_rows={need.layer: rows[need.layer].cpu().numpy()[start:stop] for need in wanted},
         )
+
+    def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+        """`forward`, computed in float32 on the weights as they are.
+
+        Raises:
+            EngineFailure: the model cannot be run so.
+        """
+        with in_float32_arithmetic(self._model):
+            return self.forward(batch)
 
     def close(self) -> None:
         """Drop the model and give its memory back."""

@@ -52,6 +52,7 @@ def facts_of(
         batch_tokens=batch_tokens or _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cuda"]),
         pair_cost=_pair_cost(model),
         weights_fingerprint=weights_fingerprint(model),
+        weights_bytes=sum(each.numel() * each.element_size() for each in model.parameters()),
         special_ids={name: _ids(model.config, f"{name}_token_id") for name in ("bos", "eos")},
     )
 

@@ -26,6 +26,7 @@ from densereward.capture import (
     Variants,
 )
 from densereward.engines.torch.attention import Alone
+from densereward.engines.torch.exact import in_float32_arithmetic
 from densereward.engines.torch.facts import facts_of, prepare
 from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_language_model
 from densereward.engines.torch.passes import Passes
@@ -85,6 +86,7 @@ class LanguageModel:
         longest: int | None = None,
         batch_tokens: int | None = None,
         prompt_cache: int = 0,
+        pickled: bool = False,
     ) -> LanguageModel:
         """Load from a folder or a hub id.
 
@@ -92,7 +94,7 @@ class LanguageModel:
             ModelError: the model cannot be loaded or read as a language model.
         """
         chosen = choose_device(device)
-        model = load_language_model(source, None, chosen, choose_dtype(dtype, chosen))
+        model = load_language_model(source, None, chosen, choose_dtype(dtype, chosen), pickled=pickled)
         return cls(model, longest, batch_tokens, prompt_cache)
 
     @property
@@ -125,6 +127,15 @@ class LanguageModel:
             following = torch.from_numpy(whole.following).to(hidden.device)
             values = self._head.read(hidden[torch.from_numpy(whole.reads)], following).cpu().numpy()
         return in_sum(sequence, _with_first(values, sequence), None)
+
+    def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+        """`forward`, computed in float32 on the weights as they are.
+
+        Raises:
+            EngineFailure: the model cannot be run so.
+        """
+        with in_float32_arithmetic(self._model):
+            return self.forward(batch)
 
     def close(self) -> None:
         """Drop the model and give its memory back."""

@@ -69,10 +69,11 @@ def load_scorer(
     head: str | None = None,
     *,
     packs: bool = True,
+    pickled: bool = False,
 ) -> tuple[PreTrainedModel, ScoreHead]:
     """A reward model from a folder or a hub id and the head of its family, ready for packed batches if it `packs`.
 
-    `head` names the one to take where nothing tells which it is.
+    `head` names the one to take where nothing tells which it is; weights may be `pickled` if there are no others.
 
     Raises:
         ModelError: no such model, one of no known family, or weights that its files do not hold.
@@ -81,7 +82,7 @@ def load_scorer(
     if (adapter := adapter_of(source, revision)) is not None:
         return _load_adapter(source, revision, adapter, device, dtype)
     config = _config(source, revision)
-    checkpoint = Checkpoint(config, weight_shapes(source, revision))
+    checkpoint = Checkpoint(config, weight_shapes(source, revision, pickled=pickled))
     try:
         kind = head_for(checkpoint, head)
         loaded = kind.model_class(checkpoint)
@@ -89,7 +90,7 @@ def load_scorer(
         raise ModelError(f"{source}: {error.message}") from error
     if packs and kind.pooling == "text":
         raise CannotPack(f"{checkpoint.architecture} cannot be packed: it is bidirectional")
-    model = _load(loaded, source, revision, config, device, dtype, dict(kind.renamed), packs=packs)
+    model = _load(loaded, source, revision, config, device, dtype, dict(kind.renamed), packs=packs, pickled=pickled)
     try:
         read_by = kind(model)
     except ModelError as error:
@@ -123,13 +124,17 @@ def _load_adapter(
         raise ModelError(f"{source}: {message}", code=error.error_code, **error.details) from error
 
 
-def load_language_model(source: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def load_language_model(
+    source: str, revision: str | None, device: torch.device, dtype: torch.dtype, *, pickled: bool = False
+) -> PreTrainedModel:
     """A `*ForCausalLM` model from a folder or a hub id, ready for packed batches.
 
     Raises:
         ModelError: no such model, another kind of model, or weights that its files do not hold.
     """
-    return _load(AutoModelForCausalLM, source, revision, _config(source, revision), device, dtype)
+    weight_shapes(source, revision, pickled=pickled)  # refuses what must not be read
+    config = _config(source, revision)
+    return _load(AutoModelForCausalLM, source, revision, config, device, dtype, pickled=pickled)
 
 
 def _config(source: str, revision: str | None) -> PretrainedConfig:
@@ -158,6 +163,7 @@ def _load(
     supplied: Collection[str] = (),
     *,
     packs: bool = True,
+    pickled: bool = False,
 ) -> PreTrainedModel:
     attention.register()
     try:
@@ -169,7 +175,8 @@ def _load(
             attn_implementation=attention.IMPLEMENTATION if packs else "eager",
             key_mapping=renamed or None,
             trust_remote_code=False,
-            use_safetensors=True,  # pickled weights can run code while they are read
+            use_safetensors=None if pickled else True,
+            device_map=None if device.type == "cpu" else {"": device},  # straight to where it runs, file by file
             output_loading_info=True,
         )
     except Exception as error:  # as above

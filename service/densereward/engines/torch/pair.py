@@ -85,6 +85,16 @@ class Pair:
             policy.reward - reference.reward, sequence.response_length, {"open": prefixes[0]} if prefixes else {}
         )
 
+    def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+        """The difference of what both give, computed in float32 on the weights as they are.
+
+        Raises:
+            EngineFailure: a model cannot be run so.
+        """
+        asked = [replace(sequence, needs=frozenset([_ALONE])) for sequence in batch]
+        policy, reference = self._policy.exactly(asked), self._reference.exactly(asked)
+        return [_compared(*each) for each in zip(batch, policy, reference, strict=True)]
+
     def close(self) -> None:
         """Drop both models."""
         self._policy.close()

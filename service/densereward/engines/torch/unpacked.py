@@ -31,6 +31,7 @@ from densereward.capture import (
     Variants,
 )
 from densereward.engines.base import TOLERANCE
+from densereward.engines.torch.exact import in_float32_arithmetic
 from densereward.engines.torch.facts import facts_of
 from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_scorer
 from densereward.errors import EngineFailure, ModelError
@@ -94,7 +95,8 @@ class UnpackedEngine:
             reads_pairs=self._whole,
             reencodes=True,
         )
-        self._causal = not self._whole and self._is_causal()
+        if not self._whole and not self._is_causal():
+            raise ModelError(f"{why}, and its tokens look ahead, so that how it reads a dialogue is not known")
         self._rows = head.pooling != "mean" and head.unit == "sequence" and self._gives_rows()
 
     @classmethod
@@ -110,6 +112,7 @@ class UnpackedEngine:
         batch_tokens: int | None = None,
         separator: str | None = None,
         head: str | None = None,
+        pickled: bool = False,
     ) -> UnpackedEngine:
         """Load from a folder or a hub id.
 
@@ -117,7 +120,9 @@ class UnpackedEngine:
             ModelError: the model cannot be loaded or read as a reward model.
         """
         chosen = choose_device(device)
-        model, read_by = load_scorer(source, revision, chosen, choose_dtype(dtype, chosen), head, packs=False)
+        model, read_by = load_scorer(
+            source, revision, chosen, choose_dtype(dtype, chosen), head, packs=False, pickled=pickled
+        )
         return cls(model, read_by, why, longest, batch_tokens, separator)
 
     @property
@@ -126,7 +131,7 @@ class UnpackedEngine:
         if self.facts.unit != "sequence":
             return frozenset([StepScores()])
         scores: list[Need] = [PrefixScores("closed"), Variants()]
-        scores += [PrefixScores("open")] if self._causal else []
+        scores += [] if self._whole else [PrefixScores("open")]
         layers = range(-self.facts.layers, self.facts.layers)
         return frozenset([*scores, *(AttentionRow(layer) for layer in layers if self._rows)])
 
@@ -151,6 +156,15 @@ class UnpackedEngine:
         """
         with torch.inference_mode(), _failures():
             return self._captured(sequence, self._run([sequence], eager=True)[0])
+
+    def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+        """`forward`, computed in float32 on the weights as they are.
+
+        Raises:
+            EngineFailure: the model cannot be run so.
+        """
+        with in_float32_arithmetic(self._model):
+            return self.forward(batch)
 
     def close(self) -> None:
         """Drop the model and give its memory back."""

@@ -3,52 +3,96 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from densereward.errors import ModelError
 
-__all__ = ["find_file", "shapes_in", "weight_shapes"]
+__all__ = ["find_file", "shapes_in", "stored_in_float32", "weight_shapes"]
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+_SAFE = "model.safetensors"
+_PICKLED = "pytorch_model.bin"
 
 
-def weight_shapes(source: str, revision: str | None = None) -> dict[str, tuple[int, ...]]:
-    """Shapes of all weights in a folder or a hub repository, by name; empty where there are no safetensors.
+def weight_shapes(source: str, revision: str | None = None, *, pickled: bool = False) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights in a folder or a hub repository, by name; empty where there are none.
+
+    Args:
+        source: folder or hub id.
+        revision: of a hub repository.
+        pickled: whether they may be pickled, where there are no safetensors.
 
     Raises:
-        ModelError: a file is damaged, or one of several is missing.
+        ModelError: a file is damaged, one of several is missing, or they are pickled and must not be.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in _files(source, revision):
-        path = find_file(source, revision, name)
-        if path is None:
-            raise ModelError(f"cannot load {source}: the index names {name}, which is not there")
-        shapes |= shapes_in(path)
+    if files := _files(source, revision, _SAFE):
+        for path in files:
+            shapes |= shapes_in(path)
+    elif files := _files(source, revision, _PICKLED):
+        if not pickled:
+            raise ModelError(
+                f"cannot load {source}: its weights are pickled, and pickles can run code while they are read; "
+                "convert them to safetensors, or let torch read them, by its unpickler for nothing but tensors, with "
+                "--allow pickle",
+                code="pickle",
+            )
+        for path in files:
+            shapes |= {name: tuple(tensor.shape) for name, tensor in _unpickled(path).items()}
     return shapes
 
 
 def shapes_in(path: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights in one file, by name.
+    """Shapes of the weights in one file of safetensors, by name.
 
     Raises:
         ModelError: it is damaged.
     """
+    with _reading(path), safe_open(path, framework="pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def stored_in_float32(source: str, revision: str | None = None) -> bool:
+    """Whether any weight is stored wider than in half precision."""
+    for path in _files(source, revision, _SAFE):
+        with _reading(path), safe_open(path, framework="pt") as file:
+            if any(file.get_slice(key).get_dtype() in ("F32", "F64") for key in file.keys()):  # noqa: SIM118
+                return True
+    return False
+
+
+def _unpickled(path: str) -> dict[str, Tensor]:
+    """Tensors without their values."""
+    with _reading(path):
+        weights: dict[str, Tensor] = torch.load(path, map_location="meta", weights_only=True)
+    return weights
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        yield
     except Exception as error:  # a damaged file can break the reader in any way
         raise ModelError(f"cannot load {Path(path).parent}: {Path(path).name}: {error}") from error
 
 
-def _files(source: str, revision: str | None) -> list[str]:
-    index = find_file(source, revision, _INDEX)
+def _files(source: str, revision: str | None, name: str) -> list[str]:
+    """The files of one kind that hold the weights: one, or those that an index names."""
+    index = find_file(source, revision, f"{name}.index.json")
     if index is None:
-        return [_SINGLE] if find_file(source, revision, _SINGLE) else []
-    return sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        single = find_file(source, revision, name)
+        return [] if single is None else [single]
+    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    paths = {each: find_file(source, revision, each) for each in names}
+    if missing := [each for each, path in paths.items() if path is None]:
+        raise ModelError(f"cannot load {source}: the index names {missing[0]}, which is not there")
+    return [path for path in paths.values() if path is not None]
 
 
 def find_file(source: str, revision: str | None, name: str) -> str | None:

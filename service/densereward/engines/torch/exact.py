@@ -1,0 +1,61 @@
+"""A model of half precision computing in float32, so that what its dtype costs is known without a second copy of it.
+
+Each module's weights are widened while it runs and narrowed again behind it, which loses nothing; what goes from one
+module to the next stays float32. Beside the model that takes the memory of its largest module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["in_float32_arithmetic"]
+
+
+@contextmanager
+def in_float32_arithmetic(model: nn.Module) -> Iterator[None]:
+    """All that runs within is computed in float32, on the weights as they are."""
+    owners = [module for module in model.modules() if any(True for _ in _narrow(module))]
+    handles = []
+    for module in owners:
+        swap = _Widened()
+        handles += [
+            module.register_forward_pre_hook(swap.widen),
+            module.register_forward_hook(swap.narrow, always_call=True),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Widened:
+    """One module's tensors as they were."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[dict[str, Any], str, Tensor]] = []
+
+    def widen(self, module: nn.Module, _given: Any) -> None:
+        self._kept = list(_narrow(module))
+        for owner, name, tensor in self._kept:
+            wide = tensor.detach().float()
+            owner[name] = nn.Parameter(wide, requires_grad=False) if isinstance(tensor, nn.Parameter) else wide
+
+    def narrow(self, _module: nn.Module, _given: Any, _output: Any) -> None:
+        for owner, name, tensor in self._kept:
+            owner[name] = tensor
+        self._kept = []
+
+
+def _narrow(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """A module's own tensors of half precision, and where they are held."""
+    holders: list[dict[str, Any]] = [module._parameters, module._buffers]  # there is no other way in
+    for holder in holders:
+        for name, tensor in holder.items():
+            if tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16):
+                yield holder, name, tensor
