@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForTokenClassification
 
 import tiny
+from densereward.capture import Captured, ScoringInput
 from densereward.checks import examine, refuse
 from densereward.cli import main
 from densereward.engines.torch.engine import TorchEngine
@@ -180,7 +182,7 @@ FAULTS: dict[str, tuple[Plant, str, dict[str, Any]]] = {
     "a bidirectional model": (bidirectional, "model_error", {}),
     "a pair of texts with a template for dialogues": (pair_with_template, "model_error", {}),
     "a judge of pairs": (config(architectures=["LlamaPairRM"]), "model_error", {}),
-    "numbers that half precision drowns": (weights(chaotic), "dtype_drift|parity", {"dtype": "bfloat16"}),
+    "numbers that half precision drowns": (weights(chaotic), "numbers|dtype_drift|parity", {"dtype": "bfloat16"}),
     "another family's tokens": (shepherd_of_another_tokenizer, "model_error", {"head": "math_shepherd"}),
     "a language model": (tiny.save_language_model, "model_error", {}),
     "an architecture nobody knows": (config(architectures=["LlamaForPairs"]), "model_error", {}),
@@ -264,6 +266,22 @@ def test_a_pickle_that_runs_code_is_refused_even_then(tmp_path: Path) -> None:
         load(ModelSettings(model=[str(folder)], device="cpu", allow=["pickle"]))
 
 
+def test_scores_that_half_precision_moves_too_far_are_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ModelSettings(model=[str(tiny.save(tmp_path))], device="cpu", dtype="bfloat16")
+    computed = TorchEngine.exactly
+
+    def moved(self: TorchEngine, batch: Sequence[ScoringInput]) -> list[Captured]:
+        return [replace(each, reward=each.reward + 0.1) for each in computed(self, batch)]
+
+    monkeypatch.setattr(TorchEngine, "exactly", moved)
+    with pytest.raises(ModelError, match="--allow dtype_drift serves it nevertheless") as refused:
+        load(settings)
+    assert refused.value.error_code == "dtype_drift"
+    load(settings.model_copy(update={"allow": ["dtype_drift"]}))
+
+
 def test_the_servers_own_start_compares_with_float32_without_a_second_copy(tmp_path: Path) -> None:
     engine, aligner = load_unchecked(ModelSettings(model=[str(tiny.save(tmp_path))], device="cpu", dtype="bfloat16"))
     before = engine.facts.weights_fingerprint
@@ -288,7 +306,7 @@ def test_a_failure_may_be_allowed_by_its_name(tmp_path: Path, capsys: pytest.Cap
     assert status == 0
     assert [each["name"] for each in report["findings"] if each["status"] == "allowed"] == ["special_tokens"]
     load(ModelSettings(model=[str(folder)], device="cpu", allow=["special_tokens"]))
-    with pytest.raises(ValidationError, match="numbers cannot be allowed; only vocabulary, "):
+    with pytest.raises(ValidationError, match="numbers cannot be allowed; only pickle, vocabulary, "):
         ModelSettings(model=[str(folder)], device="cpu", allow=["numbers"])
 
 

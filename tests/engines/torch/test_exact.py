@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ SEQUENCE = ScoringInput(IDS, 10, 30, 39)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_is_what_a_widened_copy_computes(architecture: str, dtype: torch.dtype) -> None:
     attention.register()
-    narrow = tiny.make_model(architecture, kind=AutoModelForSequenceClassification).to(dtype)
+    narrow: Any = tiny.make_model(architecture, kind=AutoModelForSequenceClassification)
+    narrow.to(dtype)
     narrow.set_attn_implementation(attention.IMPLEMENTATION)
     wide = copy.deepcopy(narrow).float()
     engine, exact = TorchEngine(narrow), TorchEngine(wide)
@@ -38,7 +40,8 @@ def test_it_is_what_a_widened_copy_computes(architecture: str, dtype: torch.dtyp
 
 def test_a_language_models_too() -> None:
     attention.register()
-    narrow = tiny.make_model("llama", kind=AutoModelForCausalLM).to(torch.bfloat16)
+    narrow: Any = tiny.make_model("llama", kind=AutoModelForCausalLM)
+    narrow.to(torch.bfloat16)
     narrow.set_attn_implementation(attention.IMPLEMENTATION)
     wide = copy.deepcopy(narrow).float()
     engine, exact = LanguageModel(narrow), LanguageModel(wide)
@@ -47,7 +50,8 @@ def test_a_language_models_too() -> None:
 
 
 def test_weights_are_as_they_were_after_a_failure_too() -> None:
-    model = tiny.make_model("llama").to(torch.bfloat16)
+    model: Any = tiny.make_model("llama")
+    model.to(torch.bfloat16)
     with pytest.raises(IndexError), in_float32_arithmetic(model):
         model(input_ids=torch.tensor([[400]]))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
