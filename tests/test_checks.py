@@ -181,6 +181,7 @@ FAULTS: dict[str, tuple[Plant, str, dict[str, Any]]] = {
     "a separator that the tokenizer does not know": (lost_separator, "model_error", {}),
     "a bidirectional model": (bidirectional, "model_error", {}),
     "a pair of texts with a template for dialogues": (pair_with_template, "model_error", {}),
+    "quantised weights": (config(quantization_config={"quant_method": "bitsandbytes"}), "model_error", {}),
     "a judge of pairs": (config(architectures=["LlamaPairRM"]), "model_error", {}),
     "numbers that half precision drowns": (weights(chaotic), "numbers|dtype_drift|parity", {"dtype": "bfloat16"}),
     "another family's tokens": (shepherd_of_another_tokenizer, "model_error", {"head": "math_shepherd"}),

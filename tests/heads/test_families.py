@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import tiny
-from densereward.capture import AttentionRow, Need, PrefixScores, ScoringInput
+from densereward.capture import AttentionRow, Need, Objectives, PrefixScores, ScoringInput
 from densereward.engines.torch.engine import TorchEngine
 from densereward.engines.torch.unpacked import UnpackedEngine
 from densereward.errors import ModelError
@@ -316,3 +316,17 @@ def test_what_an_operator_must_know_of_a_score_is_said(tmp_path: Path) -> None:
     assert notices["GRM, linear"] is notices["Beaver reward"] is None
     assert "not a reward" in str(notices["TRL value head"])
     assert "times -1" in str(notices["Beaver cost"])
+
+
+def test_what_each_of_urms_attributes_adds_is_told_in_pieces_too(tmp_path: Path) -> None:
+    family = FAMILIES["URM"]
+    decoder = save(tmp_path, family)
+    with torch.no_grad():
+        hidden = decoder(input_ids=torch.tensor([IDS])).last_hidden_state[0]
+        means = family.layers["score"](hidden).view(-1, 5, 2)[:, :, 0]
+        expected = (means * selu_layers("weights.fc", family.layers, hidden)).T.numpy()
+    needs: frozenset[Need] = frozenset([PrefixScores("open"), Objectives()])
+    for tokens in (4096, 16):
+        engine = TorchEngine.load(str(tmp_path), device="cpu", batch_tokens=tokens)
+        [captured] = engine.forward([ScoringInput(IDS, 10, 30, 39, needs=needs)])
+        assert captured.objectives == pytest.approx(expected[:, [39, *range(10, 40)]], abs=1e-5)

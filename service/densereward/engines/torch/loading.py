@@ -149,6 +149,8 @@ def _config(source: str, revision: str | None) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # a model's files can break the loader in any way; the operator needs one message
         raise ModelError(f"cannot load {source}: {error}") from error
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{source}: its weights are quantised, which is not served; take those they were made from")
     return config
 
 
