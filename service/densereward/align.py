@@ -157,6 +157,11 @@ class Aligner:
         return bool(self._prefix_ids)
 
     @property
+    def frame(self) -> tuple[object, ...]:
+        """Whatever is written round prompts and responses, beside the closing tokens."""
+        return (self._prefix_ids, self._between, self._ending)
+
+    @property
     def _prefix_ids(self) -> list[int]:
         bos = self.vocabulary.bos_id
         return [bos] if self._always_bos and bos is not None else self.vocabulary.prefix_ids
@@ -190,7 +195,7 @@ class Aligner:
         return Aligned(sequence, slots, response, text.spans, text.warnings, dropped=dropped)
 
     def _sequence(self, sample: Sample, text: _Text, needs: frozenset[Need]) -> ScoringInput:
-        closing = missing_closing(text.response_ids, self.closing_ids) if sample.finished else self._ending
+        closing = missing_closing(text.response_ids, self.closing_ids if sample.finished else self._ending)
         token_ids = [*text.prompt_ids, *text.response_ids, *closing]
         self._check_vocabulary(token_ids)
         return ScoringInput(
@@ -219,11 +224,13 @@ class Aligner:
 
     def _shortened(self, text: _Text, beyond: int) -> int:
         """Take the tokens that are too many from the prompt's beginning, if it has as many; how many those were."""
-        kept = int(self.vocabulary.bos_id is not None and text.prompt_ids[:1] == [self.vocabulary.bos_id])
-        if not 0 < beyond < len(text.prompt_ids) - kept:
+        begins = [frame for frame in (self._prefix_ids, [self.vocabulary.bos_id]) if frame]
+        kept = next((len(frame) for frame in begins if text.prompt_ids[: len(frame)] == frame), 0)
+        if not 0 < beyond < len(text.prompt_ids) - kept - len(self._between or ()):
             return 0
         del text.prompt_ids[kept : kept + beyond]
-        text.warnings.append(f"truncated: the prompt lost its first {beyond} tokens{' after the BOS' if kept else ''}")
+        what = "" if not kept else " after the BOS" if self._between is None else " after what begins a pair"
+        text.warnings.append(f"truncated: the prompt lost its first {beyond} tokens{what}")
         return beyond
 
     def instructed(self, sample: Sample, sequence: ScoringInput, instruction: str) -> ScoringInput:
@@ -262,7 +269,7 @@ class Aligner:
             blank_id=self._blank_id,
             weights=None if sample.weights is None else np.asarray(sample.weights, dtype=np.float64),
             entropies=None if sample.token_entropies is None else np.asarray(sample.token_entropies, dtype=np.float64),
-            finished=sample.finished,
+            finished=sample.finished or (self._ending == self.closing_ids != []),
             cuts=cuts,
             steps=text.steps,
         )
@@ -272,6 +279,7 @@ class Aligner:
         self._check_vocabulary(sample.response_token_ids or [])
         if sample.prompt_token_ids is not None:
             prompt_text, prompt_ids = None, list(sample.prompt_token_ids)
+            self._check_frame(prompt_ids)
         else:
             prompt_text = self._joined(self._prompt_text(sample))
             bare_ids = self.vocabulary.prompt_ids(prompt_text)
@@ -292,6 +300,20 @@ class Aligner:
             text.steps = range(1, len(text.response_ids) + 1)
         text.warnings.extend(self._notices(sample, text))
         return text
+
+    def _check_frame(self, prompt_ids: Sequence[int]) -> None:
+        """The first of a pair's texts stands between tokens of its own, which ids that are given must hold."""
+        if self._between is None:
+            return
+        before, between = self._prefix_ids, self._between
+        framed = list(prompt_ids[: len(before)]) == before and list(prompt_ids[-len(between) :]) == between
+        if not framed or len(prompt_ids) < len(before) + len(between):
+            raise InvalidRequest(
+                f"this model reads pairs of texts, of which the first begins with {before} and ends with {between}; "
+                "give `prompt`, or these ids too",
+                code="no_frame",
+                field="prompt_token_ids",
+            )
 
     def _joined(self, prompt: str) -> str:
         """A prompt as it stands before steps that are tokenised by themselves."""

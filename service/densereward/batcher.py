@@ -59,9 +59,9 @@ class Batcher:
             NotReady: the server is shutting down.
         """
         if len(sequences) > _MANY:  # pricing them would hold the loop for long
-            prices = await asyncio.to_thread(_priced, sequences)
+            prices = await asyncio.to_thread(self._priced, sequences)
         else:
-            prices = _priced(sequences)
+            prices = self._priced(sequences)
         waiting = self._waiting(sequences, prices)
         self._admit(sum(each.held for each in waiting))
         line = self._lines.join(waiting)
@@ -72,6 +72,11 @@ class Batcher:
             self._lines.leave(line)
             raise
         return [_scored_or_failure(result) for result in results]
+
+    def _priced(self, sequences: Sequence[ScoringInput]) -> list[Price]:
+        """What each adds to a batch; a prompt that several begin with is kept once."""
+        prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
+        return [price(sequence, prompts, shares=not self._engine.facts.reencodes) for sequence in sequences]
 
     def _waiting(self, sequences: Sequence[ScoringInput], prices: Sequence[Price]) -> list[Waiting]:
         """The sequences with what each adds to a batch, and to the queue: there, too, a prompt counts once a call."""
@@ -160,12 +165,6 @@ class Batcher:
             fill=bill.work / self._max_batch_tokens,
             seconds=seconds,
         )
-
-
-def _priced(sequences: Sequence[ScoringInput]) -> list[Price]:
-    """What each adds to a batch; a prompt that several begin with is kept once."""
-    prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
-    return [price(sequence, prompts) for sequence in sequences]
 
 
 class _Speed:

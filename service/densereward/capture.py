@@ -53,7 +53,8 @@ class Steps:
         blank: whether steps without a letter are judged, too.
         whole: whether prompt and response, separators and cuts in it, are read as one text; otherwise each step is
             tokenised by itself and the separator stands in the cut's place.
-        joint: what stands between prompt and response, for a family that reads no chat template.
+        joint: what stands between prompt and response, for a family that reads no chat template; a prompt that ends
+            with it is taken to hold it.
     """
 
     cut: str
@@ -215,7 +216,7 @@ class ScoringInput:
 
     def with_response(self, ids: Sequence[int], *, finished: bool) -> ScoringInput:
         """Another response to the same prompt, of which only the score is needed."""
-        closing = missing_closing(ids, self.closing_ids) if finished else self.ending
+        closing = missing_closing(ids, self.closing_ids if finished else self.ending)
         token_ids = [*self.token_ids[: self.prompt_length], *ids, *closing]
         return ScoringInput(token_ids, self.prompt_length, len(ids), len(token_ids) - 1, gate=self.gate)
 

@@ -49,15 +49,18 @@ class Price:
     own: Cost
 
 
-def price(sequence: ScoringInput, known: dict[tuple[int, ...], tuple[int, ...]] | None = None) -> Price:
+def price(
+    sequence: ScoringInput, known: dict[tuple[int, ...], tuple[int, ...]] | None = None, *, shares: bool = True
+) -> Price:
     """What a sequence adds to a batch, its prompt apart.
 
     Args:
         sequence: the sequence.
         known: prompts met so far; a prompt met again is kept once.
+        shares: whether the engine runs a prompt of several sequences once.
     """
     length = len(sequence.token_ids)
-    shareable = sequence.prompt_length if 0 < sequence.prompt_length < length else 0
+    shareable = sequence.prompt_length if shares and 0 < sequence.prompt_length < length else 0
     prompt_ids = tuple(sequence.token_ids[:shareable])
     return Price(
         prompt_ids=prompt_ids if known is None else known.setdefault(prompt_ids, prompt_ids),

@@ -34,7 +34,7 @@ from densereward.engines.base import TOLERANCE, Engine
 from densereward.errors import DenseRewardError, EngineFailure, InvalidRequest, TooLarge
 from densereward.metrics import Metrics
 from densereward.plans import Plan, availability, boundaries_of, needs_of, plan
-from densereward.reencoding import apart, together
+from densereward.reencoding import apart, together, tokens_apart
 from densereward.spread import Spread
 from densereward_client.wire import ModelCard, RewardsRequest, Sample, TokenRewardsRequest
 
@@ -235,6 +235,7 @@ class Pipeline:
         variants = [self._variants(sample, aligned, each) for each in plans]
         if not self._engine.facts.reencodes:
             return replace(aligned, sequence=sequence, variants=variants)
+        self._check_prefixes(tokens_apart(sequence))
         sequence, prefixes = apart(sequence)
         return replace(aligned, sequence=sequence, variants=variants, prefixes=prefixes)
 
@@ -254,6 +255,17 @@ class Pipeline:
         for each in variants:
             self._aligner.check_length(each)
         return variants
+
+    def _check_prefixes(self, tokens: int) -> None:
+        """Refuse a sample whose prefixes are more than the queue can hold, before they are made."""
+        limit = self._batcher.max_queue_tokens
+        if tokens > limit:
+            raise TooLarge(
+                f"each closed prefix is a sequence of its own to this model: {tokens} tokens, and the queue holds "
+                f"{limit}; take a larger `stride`, or a shorter response",
+                tokens=tokens,
+                limit=limit,
+            )
 
     def _check_variants(self, samples: int, tokens: int) -> None:
         """Refuse a request as soon as its variants are more than the queue can hold, before more of them are made."""
@@ -317,7 +329,7 @@ class Pipeline:
     def _fingerprint(self) -> str:
         card = self.card
         model = (self._engine.facts.weights_fingerprint, card.dtype, card.engine, card.head, __version__)
-        written = (self._engine.facts.unit, self._engine.facts.steps)
+        written = (self._engine.facts.unit, self._engine.facts.steps, *self._aligner.frame)
         identity = (*model, *written, card.tokenizer_fingerprint, card.template_fingerprint, card.closing_token_ids)
         return f"fp-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
 

@@ -21,6 +21,8 @@ __all__ = ["Plan", "availability", "boundaries_of", "default_method", "needs_of"
 
 _WITHOUT_PAIR = "it takes a policy and its reference: start the server with --pair policy=SOURCE,reference=SOURCE"
 
+_REENCODED = "To this model each closed prefix is a text of its own: a pass over the prompt and all before its end."
+
 _DEFAULTS = ("red", "steps", "sparse")
 """What a request without methods gets: the first of these that all its models can serve."""
 
@@ -86,7 +88,11 @@ def needs_of(plans: Sequence[Plan], request: TokenRewardsRequest, engine: Engine
         if lacking := [each.key for each in plans if each.method.by_pair and each.method.needs(each.params) & missing]:
             raise MethodUnavailable(f"{', '.join(lacking)}: {_WITHOUT_PAIR}", field="methods")
         possible = [name for name, method in availability(engine).items() if method.available]
-        hint = " (it gives closed ones)" if missing == _OPEN and engine.provides >= _CLOSED else ""
+        hint = (
+            " (closed ones it gives, to methods with `prefix_mode` = `closed`)"
+            if missing == _OPEN and engine.provides >= _CLOSED
+            else ""
+        )
         raise MethodUnavailable(
             f"this model cannot give {_listed(missing)}{hint}; with default parameters it can serve "
             f"{', '.join(possible)}",
@@ -116,7 +122,10 @@ def availability(engine: Engine) -> dict[str, MethodAvailability]:
                 reason = "this model's prefixes are only scored closed: ask with `prefix_mode` = `closed`"
             rows[name] = MethodAvailability(available=False, reason=reason)
         else:
-            rows[name] = MethodAvailability(available=True, passes=method.passes, cost=describe(name).cost)
+            cost = describe(name).cost
+            if engine.facts.reencodes and "prefix_mode" in method.params_type.model_fields:
+                cost += f" {_REENCODED}"
+            rows[name] = MethodAvailability(available=True, passes=method.passes, cost=cost)
     return rows
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from densereward.capture import Captured, Prefixes, PrefixScores, ScoringInput
 
-__all__ = ["apart", "together"]
+__all__ = ["apart", "together", "tokens_apart"]
 
 _CLOSED = PrefixScores("closed")
 
@@ -22,6 +22,12 @@ def apart(sequence: ScoringInput) -> tuple[ScoringInput, list[ScoringInput]]:
     ids = sequence.response_ids
     prefixes = [sequence.with_response(ids[:length], finished=True) for length in sequence.closed_prefixes]
     return replace(sequence, needs=sequence.needs - {_CLOSED}), [each for each in prefixes if each.token_ids]
+
+
+def tokens_apart(sequence: ScoringInput) -> int:
+    """Tokens of all the closed prefixes as sequences of their own."""
+    lengths = sequence.closed_prefixes
+    return len(lengths) * (sequence.prompt_length + len(sequence.closing_ids)) + sum(lengths)
 
 
 def together(captured: Captured, prefixes: Sequence[Captured], boundaries: Sequence[int] | None) -> Captured:

@@ -97,7 +97,7 @@ class StepWriter:
     def joined(self, prompt: str) -> str:
         """A prompt with what stands between it and the first step, where that is tokenised by itself."""
         joint = self._written.joint
-        return prompt if joint is None or self.whole or prompt[-1:].isspace() else prompt + joint
+        return prompt if joint is None or self.whole or prompt.endswith(joint) else prompt + joint
 
     def write(self, response: str) -> InSteps:
         """Cut a response that holds some letter, and write it step by step."""
@@ -117,8 +117,9 @@ class StepWriter:
         Blanks at the prompt's end go to the response, since tokens begin with those before them.
         """
         bare = None if prompt is None else prompt.rstrip(" ")
-        joined = not prompt or prompt[-1].isspace() or response[:1].isspace()
-        text = (prompt or "")[len(bare or "") :] if joined else self._written.joint or ""
+        joint = self._written.joint or ""
+        joined = not prompt or prompt.endswith(joint) or response.startswith(joint)
+        text = (prompt or "")[len(bare or "") :] if joined else joint
         spans = [(0, 0)] * len(text.encode())
         reached = 0
         for step, begin in self._steps(response):

@@ -69,7 +69,10 @@ class Vocabulary:
         framed = self._backend.encode(_ANY_LETTER, _ANY_LETTER, add_special_tokens=True).ids
         bare = self._backend.encode(_ANY_LETTER, add_special_tokens=False).ids
         size = len(bare)
-        first, last = (i for i in range(len(framed)) if framed[i : i + size] == bare)
+        places = [i for i in range(len(framed)) if framed[i : i + size] == bare]
+        if len(places) != 2:
+            raise ModelError(f"the tokenizer writes {framed} for a pair of texts, in which they cannot be told apart")
+        first, last = places
         return framed[:first], framed[first + size : last], framed[last + size :]
 
     def _special_frame(self) -> tuple[list[int], list[int]]:

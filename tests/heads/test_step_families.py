@@ -76,6 +76,13 @@ def test_skywork_judges_every_line_at_its_break(skywork: Path, response: str) ->
     assert all(0 <= start <= stop <= size for start, stop in aligned.spans or [])
 
 
+def test_a_prompt_whose_line_is_open_is_ended(skywork: Path) -> None:
+    engine, aligner = load_unchecked(ModelSettings(model=[str(skywork)], device="cpu"))
+    for prompt in ("How was it? ", "How\t"):
+        [captured] = engine.forward([aligner.align(Sample(prompt=prompt, response="a"), STEPS).sequence])
+        assert captured.step_scores == pytest.approx(np.array(skywork_reading(skywork, prompt, "a")), abs=1e-5)
+
+
 def test_a_prompt_that_ends_its_line_gets_no_second_break(skywork: Path) -> None:
     _, aligner = load_unchecked(ModelSettings(model=[str(skywork)], device="cpu"))
     one, two = (aligner.align(Sample(prompt=prompt, response="a")).sequence.token_ids for prompt in ("Why?", "Why?\n"))
@@ -144,7 +151,7 @@ def shepherd_reading(folder: Path, text: str) -> list[float]:
         ("Why?", "The fox.\nSo the dog: 2", "Why? The fox. ки\nSo the dog: 2 ки"),
         ("Why? ", "The fox.\n\nSo 😀", "Why? The fox. ки\n\nSo 😀 ки"),
         ("Why?", " The fox.\n", "Why? The fox. ки"),
-        ("Why?\n", "a\r\nd", "Why?\na ки\r\nd ки"),
+        ("Why?\n", "a\r\nd", "Why?\n a ки\r\nd ки"),
     ],
 )
 def test_math_shepherd_judges_each_line_at_its_tag(shepherd: Path, prompt: str, response: str, written: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,7 +93,7 @@ def test_variants_and_closed_prefixes_come_in_one_answer(encoder: Api) -> None:
 def test_the_card_says_what_it_costs_and_what_cannot_be_had(encoder: Api) -> None:
     [card] = encoder.http.get("/v1/models").json()["data"]
     assert (card["engine"], card["prefix_modes"]) == ("unpacked", ["closed"])
-    assert "one text at a time" in card["notice"]
+    assert "not packed" in card["notice"]
     assert "it is bidirectional" in card["notice"]
     assert card["methods"]["abc"]["available"]
     assert card["methods"]["red"] == {
@@ -104,8 +106,36 @@ def test_the_card_says_what_it_costs_and_what_cannot_be_had(encoder: Api) -> Non
 
 def test_what_cannot_be_had_is_refused_with_what_can(encoder: Api) -> None:
     _, error = encoder.refusal([SAMPLE], methods=["red"])
-    assert "it gives closed ones" in error["message"]
+    assert "closed ones it gives, to methods with" in error["message"]
     dialogue: Json = {"messages": [{"role": "user", "content": PROMPT}], "response": RESPONSE}
     for sample, code in ((dialogue, "no_chat_template"), (SAMPLE | {"response": RESPONSE * 30}, "too_long")):
         status, error = encoder.refusal([sample], methods=["sparse"])
         assert (status, error["code"]) == (422, code)
+
+
+def test_prefixes_beyond_what_the_queue_holds_are_refused_before_they_are_made(folder: Path, tmp_path: Path) -> None:
+    flags = ["--device", "cpu", "--model", f"encoder={folder}", "--max-queue-tokens", "600"]
+    with serving(tmp_path / "log", *flags) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        sample = SAMPLE | {"response": "The food was good. " * 3}
+        status, error = Api(http).refusal([sample], methods=[{"name": "red", "prefix_mode": "closed"}])
+        assert (status, error["code"]) == (413, "too_large")
+        assert "each closed prefix is a sequence of its own to this model" in error["message"]
+        assert Api(http).item(sample, methods=["abc"])["reward"] is not None
+
+
+def test_another_frame_is_another_fingerprint(folder: Path, tmp_path: Path) -> None:
+    """Only what stands between the texts of a pair differs, and every score with it."""
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    definition = json.loads((other / "tokenizer.json").read_text())
+    pair = definition["post_processor"]["pair"]
+    pair.insert(2, pair[2])
+    (other / "tokenizer.json").write_text(json.dumps(definition))
+    models = ["--model", f"one={folder}", "--model", f"two={other}"]
+    with (
+        serving(tmp_path / "log", "--device", "cpu", *models) as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+    ):
+        answers = [Api(http).answer([SAMPLE], methods=["sparse"], model=name) for name in ("one", "two")]
+    assert answers[0]["data"][0]["reward"] != answers[1]["data"][0]["reward"]
+    assert answers[0]["fingerprint"] != answers[1]["fingerprint"]

@@ -200,7 +200,7 @@ def make_sentencepiece_style_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-ENCODERS = ("deberta-v2", "deberta", "bert", "roberta", "modernbert")
+ENCODERS = ("deberta-v2", "deberta", "bert", "roberta", "modernbert", "xlm-roberta", "electra", "albert", "distilbert")
 
 
 def save_encoder(folder: Path, kind: str = "deberta-v2", seed: int = 0, **changes: Any) -> Path:
@@ -211,6 +211,10 @@ def save_encoder(folder: Path, kind: str = "deberta-v2", seed: int = 0, **change
         "deberta": {**relative, "type_vocab_size": 0},
         "bert": {"type_vocab_size": 2},
         "roberta": {"max_position_embeddings": 131, "type_vocab_size": 1},
+        "xlm-roberta": {"max_position_embeddings": 131, "type_vocab_size": 1},
+        "electra": {"type_vocab_size": 2, "embedding_size": 64},
+        "albert": {"type_vocab_size": 2, "embedding_size": 32},
+        "distilbert": {"dim": 64, "hidden_dim": 128, "n_layers": 3, "n_heads": 4},
         "modernbert": {"local_attention": 16, "cls_token_id": 0, "sep_token_id": 2},
     }
     sizes = {name: value for name, value in _SIZE.items() if name != "num_key_value_heads"}

@@ -21,6 +21,7 @@ from densereward.budget import measure_budget
 from densereward.checks import Finding, drift, examine
 from densereward.commands import FLAGS
 from densereward.engines.base import Engine
+from densereward.engines.torch.adapters import base_of
 from densereward.engines.torch.weights import stored_in_float32
 from densereward.errors import ModelError
 from densereward.settings import ModelSettings
@@ -64,6 +65,13 @@ class Check(ModelSettings, cli_prog_name="densereward check", **FLAGS):
         if failed:
             sys.exit(1)
 
+    def _rounds(self) -> bool:
+        """Whether weights are rounded to half precision while they are loaded; an adapter's are, once it is merged."""
+        source = next(iter(self.sources.values()))
+        if source == "default" or base_of(source, self.revision) != source:
+            return True
+        return stored_in_float32(source, self.revision)
+
     def _findings(self) -> Iterator[Finding]:
         try:
             engine, aligner = load_unchecked(self)
@@ -71,8 +79,7 @@ class Check(ModelSettings, cli_prog_name="densereward check", **FLAGS):
             yield Finding(error.error_code, "fail", error.message)
             return
         yield from examine(engine, aligner, self.allow)
-        source = next(iter(self.sources.values()))
-        if engine.facts.dtype != "float32" and source != "default" and stored_in_float32(source, self.revision):
+        if engine.facts.dtype != "float32" and self._rounds():
             exact, _ = load_unchecked(self.model_copy(update={"dtype": "float32"}))
             finding = drift(engine, exact)
             exact.close()

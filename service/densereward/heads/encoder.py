@@ -18,24 +18,42 @@ from densereward.heads.base import Checkpoint, ScoreHead
 __all__ = ["EncoderHead"]
 
 
+_TRIED = (
+    "albert",
+    "bert",
+    "deberta",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "modernbert",
+    "roberta",
+    "xlm-roberta",
+)
+
+
 class EncoderHead(ScoreHead):
     """The model's own, whole texts at a time."""
 
     name = "encoder"
-    families = "OpenAssistant DeBERTa, and other encoders (BERT, RoBERTa, ModernBERT) with one label"
+    families = (
+        "OpenAssistant DeBERTa, and other encoders (BERT, RoBERTa, XLM-RoBERTa, ELECTRA, ALBERT, DistilBERT, "
+        "ModernBERT) with one label"
+    )
     pooling = "text"
 
     @classmethod
     def fits(cls, checkpoint: Checkpoint) -> bool:
         """A sequence classifier on what is otherwise trained to fill in masked words."""
         config = checkpoint.config
-        fills_in = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+        fills_in = type(config) in MODEL_FOR_MASKED_LM_MAPPING
         return fills_in and checkpoint.architecture.endswith("ForSequenceClassification")
 
     @classmethod
     def model_class(cls, checkpoint: Checkpoint) -> Any:
         """Transformers' own."""
-        labels = checkpoint.config.num_labels
+        labels, kind = checkpoint.config.num_labels, checkpoint.config.model_type
+        if kind not in _TRIED:  # some attend to a part of the text alone, or change their ways with its length
+            raise ModelError(f"{kind} was not tried as an encoder of pairs; {', '.join(_TRIED)} were")
         if labels != 1:
             raise ModelError(f"num_labels = {labels}; a reward model that scores sequences has 1")
         return AutoModelForSequenceClassification

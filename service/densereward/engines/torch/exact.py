@@ -13,7 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["in_float32_arithmetic"]
+__all__ = ["all_in_float32", "in_float32_arithmetic"]
+
+
+@contextmanager
+def all_in_float32(model: nn.Module) -> Iterator[None]:
+    """The same for models whose modules use each other's weights: all of them are wide at once."""
+    swaps = [(_Widened(), module) for module in model.modules()]
+    for swap, module in swaps:
+        swap.widen(module, ())
+    try:
+        yield
+    finally:
+        for swap, module in swaps:
+            swap.narrow(module, (), None)
 
 
 @contextmanager

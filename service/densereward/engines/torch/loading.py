@@ -80,7 +80,7 @@ def load_scorer(
         CannotPack: its score is not that of a position.
     """
     if (adapter := adapter_of(source, revision)) is not None:
-        return _load_adapter(source, revision, adapter, device, dtype)
+        return _load_adapter(source, revision, adapter, device, dtype, pickled=pickled)
     config = _config(source, revision)
     checkpoint = Checkpoint(config, weight_shapes(source, revision, pickled=pickled))
     try:
@@ -101,7 +101,13 @@ def load_scorer(
 
 
 def _load_adapter(
-    source: str, revision: str | None, adapter: dict[str, Any], device: torch.device, dtype: torch.dtype
+    source: str,
+    revision: str | None,
+    adapter: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    pickled: bool = False,
 ) -> tuple[PreTrainedModel, ScoreHead]:
     """A LoRA adapter on its base, which need not have a score head if the adapter brings one."""
     base = str(adapter["base_model_name_or_path"])
@@ -116,7 +122,9 @@ def _load_adapter(
     try:
         kind = head_for(checkpoint)
         cpu = torch.device("cpu")
-        model = _load(kind.model_class(checkpoint), base, None, config, cpu, torch.float32, supplied=brought)
+        weight_shapes(base, pickled=pickled)  # refuses what must not be read
+        kind_of_model = kind.model_class(checkpoint)
+        model = _load(kind_of_model, base, None, config, cpu, torch.float32, supplied=brought, pickled=pickled)
         whole = merged(model, source, revision).to(device=device, dtype=dtype).eval()
         return whole, kind(whole)
     except ModelError as error:

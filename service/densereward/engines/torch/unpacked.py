@@ -7,8 +7,8 @@ closed are sequences of their own (`EngineFacts.reencodes`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -31,7 +31,7 @@ from densereward.capture import (
     Variants,
 )
 from densereward.engines.base import TOLERANCE
-from densereward.engines.torch.exact import in_float32_arithmetic
+from densereward.engines.torch.exact import all_in_float32
 from densereward.engines.torch.facts import facts_of
 from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_scorer
 from densereward.errors import EngineFailure, ModelError
@@ -81,6 +81,8 @@ class UnpackedEngine:
         self._model: Any = model
         self._head = head
         self._whole = head.pooling == "text"
+        if self._whole:
+            _widen_head(model)
         steps = head.written_in(separator)
         facts = facts_of(model, head.name, longest, batch_tokens)
         self.facts = replace(
@@ -89,15 +91,19 @@ class UnpackedEngine:
             max_length=min(facts.max_length, _positions(model)),
             unit=head.unit if steps is None else "step",
             steps=steps,
-            notice=head.notice or f"one text at a time, in transformers' own attention, since {why}",
+            notice=head.notice or f"it runs in transformers' own attention, not packed with others: {why}",
             score_token=head.score_token,
             tokens=head.tokens,
             reads_pairs=self._whole,
             reencodes=True,
         )
-        if not self._whole and not self._is_causal():
-            raise ModelError(f"{why}, and its tokens look ahead, so that how it reads a dialogue is not known")
-        self._rows = head.pooling != "mean" and head.unit == "sequence" and self._gives_rows()
+        try:
+            if not self._whole and not self._is_causal():
+                raise ModelError(f"{why}, and its tokens look ahead, so that how it reads a dialogue is not known")
+            self._rows = head.pooling != "mean" and head.unit == "sequence" and self._gives_rows()
+        except EngineFailure as failure:
+            advice = "" if self.facts.dtype == "float32" else "; try --dtype float32"
+            raise ModelError(f"it does not run in {self.facts.dtype}: {failure.message}{advice}") from failure
 
     @classmethod
     def load(
@@ -163,7 +169,7 @@ class UnpackedEngine:
         Raises:
             EngineFailure: the model cannot be run so.
         """
-        with in_float32_arithmetic(self._model):
+        with all_in_float32(self._model):
             return self.forward(batch)
 
     def close(self) -> None:
@@ -172,12 +178,16 @@ class UnpackedEngine:
         torch.cuda.empty_cache()
 
     def _batches(self, batch: Sequence[ScoringInput]) -> Iterator[list[int]]:
-        """Indices of sequences that run together: of equal length, or where padding is masked, of nearly equal."""
-        ordered = sorted(range(len(batch)), key=lambda i: len(batch[i].token_ids))
-        groups = [ordered]
-        if not self._whole:
-            groups = [list(each) for _, each in groupby(ordered, key=lambda i: len(batch[i].token_ids))]
-        for group in groups:
+        """Indices of sequences that run together: of equal length, or where padding is masked, of nearly equal.
+
+        Those of which rows are wanted run apart, since that takes another attention.
+        """
+
+        def kind(i: int) -> tuple[bool, int]:
+            return _wants_rows(batch[i]), 0 if self._whole else len(batch[i].token_ids)
+
+        ordered = sorted(range(len(batch)), key=lambda i: (*kind(i), len(batch[i].token_ids)))
+        for _, group in groupby(ordered, key=kind):
             together: list[int] = []
             for i in group:
                 if together and (len(together) + 1) * len(batch[i].token_ids) > self.facts.batch_tokens:
@@ -189,7 +199,7 @@ class UnpackedEngine:
 
     def _run(self, batch: Sequence[ScoringInput], *, eager: bool = False) -> list[_Read]:
         """One pass."""
-        wanted = any(isinstance(need, AttentionRow) for sequence in batch for need in sequence.needs)
+        wanted = any(map(_wants_rows, batch))
         with self._attention(eager=eager or wanted):
             output = self._model_output(batch, rows=wanted)
         if self._whole:
@@ -216,7 +226,9 @@ class UnpackedEngine:
                 given["token_type_ids"] = types
         model = self._model if self._whole else self._model.base_model
         moved = {name: torch.from_numpy(each).to(self._model.device) for name, each in given.items()}
-        return model(**moved, output_attentions=rows, **({} if self._whole else {"use_cache": False}))
+        place = 0 if self._whole else batch[0].scored_position  # which all of equal length share
+        with _only_rows(self._model, place) if rows else nullcontext():
+            return model(**moved, output_attentions=rows, **({} if self._whole else {"use_cache": False}))
 
     def _scores(self, hidden: Tensor) -> Float32[Tensor, " S"]:
         """Of every position of one sequence."""
@@ -226,8 +238,7 @@ class UnpackedEngine:
         return scores
 
     def _scored_rows(self, attentions: Sequence[Tensor], index: int, sequence: ScoringInput) -> Any:
-        place = 0 if self._whole else sequence.scored_position
-        rows = [each[index, :, place, : len(sequence.token_ids)].float().mean(dim=0) for each in attentions]
+        rows = [each[index, :, 0, : len(sequence.token_ids)].float().mean(dim=0) for each in attentions]
         return torch.stack(rows).cpu().numpy()
 
     def _captured(self, sequence: ScoringInput, read: _Read) -> Captured:
@@ -273,6 +284,9 @@ class UnpackedEngine:
             given = self._model_output([probe], rows=True).attentions
         if not given or len(given) != self.facts.layers or any(each is None for each in given):
             return False
+        shape = (1, self._model.config.get_text_config().num_attention_heads, 1, _PROBE)
+        if any(each.shape != shape or not _are_shares(each) for each in given):
+            return False
         return not self._whole or self._reads_first(probe)
 
     def _reads_first(self, probe: ScoringInput) -> bool:
@@ -300,6 +314,54 @@ class UnpackedEngine:
             return torch.autograd.grad(score, given[0])[0] if score.requires_grad else None
         finally:
             handle.remove()
+
+
+def _wants_rows(sequence: ScoringInput) -> bool:
+    return any(isinstance(need, AttentionRow) for need in sequence.needs)
+
+
+def _are_shares(row: Tensor) -> bool:
+    """Whether weights are what attention gives to all the keys there are; sinks may take some of it."""
+    total = row.float().sum(dim=-1)
+    return bool((row >= 0).all() and (total > 0.01).all() and (total < 1.01).all())
+
+
+@contextmanager
+def _only_rows(model: Any, place: int) -> Iterator[None]:
+    """Attention weights are cut to one query's as soon as a layer has made them: S x S is never kept for all layers."""
+
+    def cut(each: Any) -> Any:
+        if isinstance(each, Tensor) and each.ndim == 4 and each.shape[2] > 1:
+            return each[:, :, place : place + 1].clone()
+        return each
+
+    def cutting(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            output = forward(*given, **named)
+            return tuple(map(cut, output)) if isinstance(output, tuple) else output
+
+        return run
+
+    # Not by hooks: what transformers collects, it takes from `forward` itself.
+    modules = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+    for module in modules:
+        module.forward = cutting(module.forward)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _widen_head(model: Any) -> None:
+    """What stands behind the encoder computes in float32, whatever the model's dtype."""
+
+    def widen(_module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(each.float() if isinstance(each, Tensor) and each.is_floating_point() else each for each in given)
+
+    for child in model.children():
+        if child is not model.base_model:
+            child.float().register_forward_pre_hook(widen)
 
 
 def _positions(model: Any) -> int:

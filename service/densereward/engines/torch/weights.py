@@ -64,7 +64,8 @@ def stored_in_float32(source: str, revision: str | None = None) -> bool:
         with _reading(path), safe_open(path, framework="pt") as file:
             if any(file.get_slice(key).get_dtype() in ("F32", "F64") for key in file.keys()):  # noqa: SIM118
                 return True
-    return False
+    pickled = (_unpickled(path) for path in _files(source, revision, _PICKLED))
+    return any(tensor.dtype in (torch.float32, torch.float64) for held in pickled for tensor in held.values())
 
 
 def _unpickled(path: str) -> dict[str, Tensor]:
