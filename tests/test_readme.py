@@ -11,8 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
+import tiny
 from densereward.heads import HEADS
 from densereward.methods import METHODS
+from densereward_client import Client
 from serving import Server, answer, serving
 
 ROOT = Path(__file__).parents[1]
@@ -39,12 +41,22 @@ def test_the_curl_is_answered(server: Server) -> None:
 
 
 def test_the_client_in_five_lines_runs(server: Server) -> None:
-    (program,) = blocks("python")
+    program, _ = blocks("python")
     assert len([line for line in program.splitlines() if line.strip()]) <= 5
     names: dict[str, Any] = {}
     exec(program.replace("http://127.0.0.1:8000", server.url), names)
     assert names["rewards"].shape == names["mask"].shape
     assert names["mask"].all()
+
+
+def test_the_lines_that_bind_a_policys_tokenizer_run(server: Server) -> None:
+    _, program = blocks("python")
+    tokenizer = tiny.make_tokenizer()
+    ids = [*tokenizer("Thank you").input_ids, tokenizer.eos_token_id]
+    with Client(server.url, trust_env=False) as client:
+        names: dict[str, Any] = {"client": client, "tokenizer": tokenizer, "ids": ids}
+        exec(program, names | {"dialogue": [{"role": "user", "content": "How was it?"}]}, names)
+    assert len(names["answer"].data[0].token_rewards["red"]) == len(ids)
 
 
 def test_the_table_of_methods_is_the_servers(server: Server) -> None:

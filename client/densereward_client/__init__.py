@@ -1,6 +1,6 @@
 """A thin client for the densereward reward-model server: httpx, pydantic and numpy, never torch."""
 
-from ._client import AsyncClient, Client
+from ._client import AsyncBoundClient, AsyncClient, BoundClient, Client
 from ._errors import (
     BadRequest,
     ConnectionFailed,
@@ -14,6 +14,7 @@ from ._errors import (
     Unauthorized,
     Unavailable,
 )
+from .binding import Binding
 from .tensors import Padded, to_padded
 from .wire import (
     Error,
@@ -33,8 +34,11 @@ from .wire import (
 )
 
 __all__ = [
+    "AsyncBoundClient",
     "AsyncClient",
     "BadRequest",
+    "Binding",
+    "BoundClient",
     "Client",
     "ConnectionFailed",
     "DeadlineExceeded",

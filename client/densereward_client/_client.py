@@ -32,6 +32,7 @@ from ._call import (
     token_rewards_call,
 )
 from ._errors import ConnectionFailed, DeadlineExceeded, Unavailable
+from .binding import Binding
 from .wire import Include, ModelList, RewardsResponse, TokenRewardsResponse
 
 _NOT_READY = (ConnectionFailed, DeadlineExceeded, Unavailable)
@@ -109,6 +110,22 @@ class Client:
     ) -> RewardsResponse:
         """One reward a sample, `answer.data[i].reward`. Arguments and errors are those of `token_rewards`."""
         return self._send(rewards_call(samples, model, ensemble, on_error, truncate, encoding_format))
+
+    def bind(
+        self, tokenizer: Any, *, model: Model | None = None, eos_token_ids: Sequence[int] | None = None
+    ) -> BoundClient:
+        """This server, asked in a policy's own tokens.
+
+        Args:
+            tokenizer: The policy's: a transformers fast tokenizer.
+            model: One of `models()`, the server's first by default; several answer as an ensemble.
+            eos_token_ids: What ends the policy's responses; by default its tokenizer's EOS.
+
+        Raises:
+            ValueError: There is no such model, or the tokenizer spells in a way that is not known.
+            DenseRewardError: One of its kinds, by what went wrong.
+        """
+        return BoundClient(self, Binding(tokenizer, self.models(), model, eos_token_ids))
 
     def models(self) -> ModelList:
         """The models that are loaded, and the methods each of them can serve."""
@@ -198,6 +215,12 @@ class AsyncClient:
         """As `Client.rewards`."""
         return await self._send(rewards_call(samples, model, ensemble, on_error, truncate, encoding_format))
 
+    async def bind(
+        self, tokenizer: Any, *, model: Model | None = None, eos_token_ids: Sequence[int] | None = None
+    ) -> AsyncBoundClient:
+        """As `Client.bind`."""
+        return AsyncBoundClient(self, Binding(tokenizer, await self.models(), model, eos_token_ids))
+
     async def models(self) -> ModelList:
         """As `Client.models`."""
         return await self._send(models_call())
@@ -235,6 +258,84 @@ class AsyncClient:
             async with asyncio.timeout(attempts.seconds_left()):
                 response = await self._http.request(**call.sent(), extensions=attempts.extensions())
         return call.answer(response, response.content)
+
+
+class BoundClient:
+    """A server, asked in a policy's own tokens: `response_token_ids` of samples are the policy's, and each is rewarded.
+
+    Attributes:
+        binding: How its tokens get to the reward model and back.
+    """
+
+    def __init__(self, client: Client, binding: Binding) -> None:
+        self._client = client
+        self.binding = binding
+
+    def token_rewards(
+        self,
+        samples: Samples,
+        *,
+        methods: Methods | None = None,
+        include: Sequence[Include] = (),
+        ensemble: EnsembleOptions | None = None,
+        on_error: OnError = "request",
+        truncate: Truncate | None = None,
+    ) -> TokenRewardsResponse:
+        """As `Client.token_rewards`, with `len(token_rewards[method]) == len(response_token_ids)` for every sample.
+
+        A sample without `finished` has ended by itself if its last id is an EOS. Prompts are best given as
+        `messages`, which the reward model's own template writes, or as `prompt`.
+
+        Raises:
+            ValueError: The request is wrong; nothing was sent.
+            DenseRewardError: One of its kinds, by what went wrong.
+        """
+        bound = [self.binding.bind(sample) for sample in samples]
+        answer = self._client.token_rewards(
+            [each.sample for each in bound],
+            methods=methods,
+            include=include,
+            model=self.binding.model,
+            ensemble=ensemble,
+            on_error=on_error,
+            truncate=truncate,
+        )
+        if not self.binding.is_known(answer.fingerprint):
+            self.binding.compare(self._client.models(), answer.fingerprint)
+        return self.binding.answer(bound, answer)
+
+
+class AsyncBoundClient:
+    """`BoundClient` for asyncio."""
+
+    def __init__(self, client: AsyncClient, binding: Binding) -> None:
+        self._client = client
+        self.binding = binding
+
+    async def token_rewards(
+        self,
+        samples: Samples,
+        *,
+        methods: Methods | None = None,
+        include: Sequence[Include] = (),
+        ensemble: EnsembleOptions | None = None,
+        on_error: OnError = "request",
+        truncate: Truncate | None = None,
+    ) -> TokenRewardsResponse:
+        """As `BoundClient.token_rewards`."""
+        bound = [self.binding.bind(sample) for sample in samples]
+        answer = await self._client.token_rewards(
+            [each.sample for each in bound],
+            methods=methods,
+            include=include,
+            model=self.binding.model,
+            ensemble=ensemble,
+            on_error=on_error,
+            truncate=truncate,
+        )
+        if not self.binding.is_known(answer.fingerprint):
+            self.binding.compare(await self._client.models(), answer.fingerprint)
+        return self.binding.answer(bound, answer)
 
 
 def _httpx_options(base_url: str, api_key: str | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -162,6 +162,12 @@ class Aligner:
         return (self._prefix_ids, self._between, self._ending)
 
     @property
+    def closing_text(self) -> str | None:
+        """What the closing tokens are read from; None where no text is read as these."""
+        text = self.vocabulary.bytes_of(self.closing_ids).decode(errors="replace")
+        return text if self.vocabulary.ids_behind(text) == self.closing_ids else None
+
+    @property
     def _prefix_ids(self) -> list[int]:
         bos = self.vocabulary.bos_id
         return [bos] if self._always_bos and bos is not None else self.vocabulary.prefix_ids

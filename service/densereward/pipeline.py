@@ -316,6 +316,7 @@ class Pipeline:
             dtype=facts.dtype,
             max_length=aligner.max_length,
             closing_token_ids=aligner.closing_ids,
+            closing_text=aligner.closing_text,
             adds_bos=aligner.adds_bos,
             step_cut=None if facts.steps is None else facts.steps.cut,
             step_separator=None if facts.steps is None else facts.steps.separator,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -10,29 +9,16 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
 
 from densereward.capture import Span
 from densereward.errors import ModelError
+from densereward_client.tokens import byte_alphabet, fingerprint
 
 __all__ = ["Vocabulary"]
 
 _ANY_LETTER = "a"
 _KEPT_PROMPTS = 64
 _KEPT_CHARACTERS = 4096  # of a prompt; with its ids, all that is kept stays within a few MB
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Character of a byte-level token to the byte it stands for.
-
-    Printable bytes stand for themselves; the others, in order, are moved to 256 and up (GPT-2's convention).
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}
-    if set(alphabet) != set(ByteLevel.alphabet()):
-        raise ModelError("the tokenizers library's byte alphabet is not the known one")
-    return alphabet
 
 
 class Vocabulary:
@@ -58,7 +44,7 @@ class Vocabulary:
         }
         self._prompt_ids = lru_cache(_KEPT_PROMPTS)(lambda text: tuple(self.encode(text).ids))
         self._known: dict[int, bytes | None] = {}  # never more than the vocabulary
-        self._alphabet = _byte_alphabet()
+        self._alphabet = byte_alphabet()
         self._decoders = _types(self._definition.get("decoder"))
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
@@ -83,13 +69,9 @@ class Vocabulary:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of vocabulary and merges: equal for tokenizers that give equal ids."""
-        vocabulary = sorted(self._backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
-        merges = [
-            each.split(" ") if isinstance(each, str) else each for each in self._definition["model"].get("merges", [])
-        ]
-        canonical = json.dumps([vocabulary, merges], ensure_ascii=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """Equal for tokenizers whose ids stand for the same tokens."""
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return fingerprint(vocabulary, self._definition["model"].get("merges", []))
 
     def encode(self, text: str) -> Encoding:
         """Ids with character offsets; special tokens in the text are recognised, none are added."""

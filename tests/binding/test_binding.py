@@ -1,0 +1,263 @@
+"""A policy's tokens bound to a reward model's: what is sent, and what comes back on each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import families
+import tiny
+from densereward_client import AsyncClient, Client, InvalidAnswer
+from densereward_client.binding import Binding
+from densereward_client.tokens import byte_alphabet
+from densereward_client.wire import ModelList
+from serving import Json, Server, serving
+
+POLICIES: dict[str, Any] = {family: families.load(family) for family in families.FAMILIES}
+POLICIES |= {"tiny": tiny.make_tokenizer(), "tiny sentencepiece": tiny.make_sentencepiece_style_tokenizer()}
+MESSAGES = [{"role": "user", "content": "How was it?"}]
+CLOSED = {"name": "red", "label": "closed", "prefix_mode": "closed"}
+METHODS: list[Any] = ["red", "abc", "uniform", "sparse", CLOSED]
+LETTERS = ["The fox", " ", "\n", "\t", "ß", "é", "e\u0301", "京都", "😀", "👩‍👩‍👧", "\x07", "\u200b", "don't. "]
+text = st.lists(st.sampled_from(LETTERS), min_size=1, max_size=8).map("".join)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Reward models with tiny's tokens, closed by a template, and with SentencePiece's, closed by nothing."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny.save(folder / "closed")
+    tiny.make_model("llama", vocab_size=330, seed=1).save_pretrained(folder / "bare")
+    tiny.make_sentencepiece_style_tokenizer().save_pretrained(folder / "bare")
+    models = [part for name in ("closed", "bare") for part in ("--model", f"{name}={folder / name}")]
+    with serving(
+        folder / "log", "--device", "cpu", "--allow", "vocabulary", "--allow", "special_tokens", *models
+    ) as up:
+        yield up
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[Client]:
+    with Client(server.url, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def models(client: Client) -> ModelList:
+    return client.models()
+
+
+_BINDINGS: dict[str, Binding] = {}
+
+
+def bindings(policy: str, models: ModelList) -> Binding:
+    """A policy's binding, made once: a large vocabulary takes a second to hash."""
+    if policy not in _BINDINGS:
+        _BINDINGS[policy] = Binding(POLICIES[policy], models, "closed")
+    return _BINDINGS[policy]
+
+
+def ids_of(tokenizer: Any, written: str, *, eos: bool = True) -> list[int]:
+    ids = list(tokenizer.backend_tokenizer.encode(written, add_special_tokens=False).ids)
+    return [*ids, tokenizer.eos_token_id] if eos and tokenizer.eos_token_id is not None else ids
+
+
+@pytest.mark.parametrize("model", ["closed", "bare"])
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_every_token_is_rewarded_and_sums_are_kept(policy: str, model: str, client: Client) -> None:
+    bound = client.bind(POLICIES[policy], model=model)
+    texts = ["Thank you, it was good.", "Zürich: 東京 😀!", "a\tb\n\x07", ""]
+    eos = POLICIES[policy].eos_token_id is not None
+    samples: list[Json] = [
+        {"prompt": "How was it?", "response_token_ids": ids_of(POLICIES[policy], written, eos=end and eos)}
+        for written in texts
+        for end in (True, False)
+        if not (policy == "bert" and "東" in written)  # in its vocabulary, and not the smiley
+    ]
+    answer = bound.token_rewards(samples, methods=METHODS)
+    for sample, item in zip(samples, answer.data, strict=True):
+        for name, rewards in item.token_rewards.items():
+            assert len(rewards) == len(sample["response_token_ids"])
+            total = float(rewards.sum(dtype=np.float64)) + item.baseline[name]
+            assert total == pytest.approx(item.reward, abs=1e-5)
+
+
+def test_ids_are_sent_as_they_are_where_the_tokens_are_the_same(client: Client, models: ModelList) -> None:
+    tokenizer = POLICIES["tiny"]
+    binding = Binding(tokenizer, models, "closed")
+    assert binding.same_tokens
+    assert not Binding(POLICIES["qwen"], models, "closed").same_tokens
+    ids = ids_of(tokenizer, "Thank you")
+    sent = binding.bind({"messages": MESSAGES, "response_token_ids": ids}).sample
+    assert (sent.response_token_ids, sent.response, sent.finished) == (ids, None, True)
+    bound = client.bind(tokenizer, model="closed").token_rewards(
+        [{"messages": MESSAGES, "response_token_ids": ids}], methods=METHODS
+    )
+    direct = client.token_rewards([{"messages": MESSAGES, "response_token_ids": ids}], methods=METHODS, model="closed")
+    for name, rewards in direct.data[0].token_rewards.items():
+        np.testing.assert_array_equal(bound.data[0].token_rewards[name], rewards)
+
+
+@pytest.mark.parametrize("policy", ["qwen", "llama", "deepseek", "tiny sentencepiece"])
+def test_what_closing_tokens_add_is_the_reward_of_the_policys_eos(policy: str, client: Client) -> None:
+    written = "Thank you, it was good."
+    ids = ids_of(POLICIES[policy], written)
+    sample = {"messages": MESSAGES, "response_token_ids": ids}
+    item = client.bind(POLICIES[policy], model="closed").token_rewards([sample], methods=["red"]).data[0]
+    plain = {"messages": MESSAGES, "response": written}
+    direct = client.token_rewards([plain], methods=["red"], include=["prefix_scores"], model="closed").data[0]
+    assert item.reward == pytest.approx(direct.reward, abs=1e-5)
+    assert direct.prefix_scores is not None
+    step = float(direct.reward or 0.0) - float(direct.prefix_scores[-1])
+    assert float(item.token_rewards["red"][-1]) == pytest.approx(step, abs=1e-5)
+
+
+def test_an_eos_that_is_not_how_closing_tokens_begin_stands_for_them_all(client: Client) -> None:
+    ids = ids_of(POLICIES["tiny"], "Thank you", eos=False)
+    other_eos = 0  # a BOS, which this policy ends with
+    [card] = [card for card in client.models().data if card.id == "closed"]
+    closed = [*ids, *card.closing_token_ids]
+    direct = client.token_rewards(
+        [{"messages": MESSAGES, "response_token_ids": closed}], methods=METHODS, model="closed"
+    ).data[0]
+    bound = client.bind(POLICIES["tiny"], model="closed", eos_token_ids=[other_eos])
+    sample = {"messages": MESSAGES, "response_token_ids": [*ids, other_eos, other_eos]}
+    item = bound.token_rewards([sample], methods=METHODS).data[0]
+    assert item.reward == pytest.approx(direct.reward, abs=1e-6)
+    for name, rewards in direct.token_rewards.items():
+        expected = [*rewards[: len(ids)], rewards[len(ids) :].sum(), 0]
+        np.testing.assert_allclose(item.token_rewards[name], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["tiny", "qwen"])
+def test_a_response_without_an_eos_was_cut_unless_it_says_otherwise(policy: str, models: ModelList) -> None:
+    tokenizer = POLICIES[policy]
+    binding = Binding(tokenizer, models, "closed")
+    cut, ended = ids_of(tokenizer, "Thank", eos=False), ids_of(tokenizer, "Thank")
+    finished = [
+        binding.bind({"prompt": "", "response_token_ids": ids} | more).sample.finished
+        for ids, more in ((cut, {}), (ended, {}), (cut, {"finished": True}), (ended, {"finished": False}))
+    ]
+    assert finished == [False, True, True, False]
+
+
+def test_masked_and_special_tokens_get_nothing(client: Client) -> None:
+    tokenizer = POLICIES["qwen"]
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    ids = [*ids_of(tokenizer, "Thank you", eos=False), start, *ids_of(tokenizer, " tool says so. Good")]
+    tool = [0 if tokenizer.decode([token]).strip() in ("tool", "says", "so") else 1 for token in ids]
+    sample = {"messages": MESSAGES, "response_token_ids": ids, "response_mask": tool}
+    item = client.bind(tokenizer, model="closed").token_rewards([sample], methods=METHODS).data[0]
+    for rewards in item.token_rewards.values():
+        assert rewards[ids.index(start)] == 0
+        assert not rewards[np.equal(tool, 0)].any()
+
+
+def test_bytes_that_are_no_text_are_named(client: Client, models: ModelList) -> None:
+    tokenizer = POLICIES["tiny"]
+    letters = {byte: letter for letter, byte in byte_alphabet().items()}
+    smile = [tokenizer.convert_tokens_to_ids(letters[byte]) for byte in "😀".encode()]
+    good = ids_of(tokenizer, " good", eos=False)
+    binding = bindings("tiny", models)
+    read = binding.text_of([*smile[1:], *good])
+    assert read.text == "\ufffd" * 3 + " good"
+    assert [read.text.encode()[start:stop].decode() for start, stop in read.spans[:3]] == ["\ufffd"] * 3
+    assert read.warnings == [
+        "invalid_utf8: the tokens at 0, 1, 2 begin bytes that are no text; U+FFFD was read in their place"
+    ]
+    cut = binding.text_of([*good, *smile[:3]], cut=True)
+    assert (cut.text, cut.spans[-3:]) == (" good", [(5, 5)] * 3)
+    assert "cut within a character, at token" in cut.warnings[0]
+    sample = {"prompt": "a", "response_token_ids": [*smile[1:], *good]}
+    item = client.bind(tokenizer, model="bare").token_rewards([sample], methods=["red"]).data[0]
+    assert any(warning.startswith("invalid_utf8") for warning in item.warnings)
+    assert len(item.token_rewards["red"]) == 3 + len(good)
+
+
+@pytest.mark.parametrize("policy", [*families.FAMILIES, "tiny sentencepiece"])
+@settings(max_examples=40, deadline=None)
+@given(written=text)
+def test_every_byte_of_a_response_belongs_to_exactly_one_token(policy: str, written: str, models: ModelList) -> None:
+    tokenizer = POLICIES[policy]
+    ids = ids_of(tokenizer, written, eos=False)
+    if policy == "bert" and 100 in ids:
+        return  # a word it does not know
+    read = bindings(policy, models).text_of(ids)
+    assert read.text == tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
+    assert [stop for _, stop in read.spans[:-1]] == [start for start, _ in read.spans[1:]]
+    owned = [(0, 0), *read.spans]
+    assert (owned[min(len(ids), 1)][0], owned[-1][1]) == (0, len(read.text.encode()))
+    assert read.warnings == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(ids=st.lists(st.integers(3, 258), max_size=12))
+def test_any_bytes_are_read_as_the_tokenizer_reads_them(ids: list[int], models: ModelList) -> None:
+    tokenizer = POLICIES["tiny"]
+    read = bindings("tiny", models).text_of(ids)
+    assert read.text == tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
+    assert len(read.spans) == len(ids)
+    assert all(start <= stop for start, stop in read.spans)
+    assert bool(read.warnings) == ("\ufffd" in read.text)
+
+
+def test_a_prompt_in_the_policys_special_tokens_is_refused_where_those_mean_nothing(models: ModelList) -> None:
+    tokenizer = POLICIES["qwen"]
+    binding = Binding(tokenizer, models, "closed")
+    plain = ids_of(tokenizer, "How was it?", eos=False)
+    sample: Json = {"prompt_token_ids": plain, "response_token_ids": plain}
+    assert binding.bind(sample).sample.prompt == "How was it?"
+    with pytest.raises(ValueError, match="hold the policy's special tokens"):
+        binding.bind(sample | {"prompt_token_ids": [tokenizer.eos_token_id, *plain]})
+    same = Binding(POLICIES["tiny"], models, "closed")
+    ids = ids_of(POLICIES["tiny"], "How")
+    assert same.bind({"prompt_token_ids": ids, "response_token_ids": ids}).sample.prompt_token_ids == ids
+
+
+def test_what_is_not_given_as_ids_is_refused(models: ModelList, client: Client) -> None:
+    with pytest.raises(ValueError, match="give the response as response_token_ids"):
+        Binding(POLICIES["tiny"], models).bind({"prompt": "a", "response": "b"})
+    with pytest.raises(ValueError, match="has no model 'lost'; there are closed, bare"):
+        client.bind(POLICIES["tiny"], model="lost")
+
+
+def test_an_ensemble_gets_text_since_its_models_have_other_tokens(client: Client) -> None:
+    bound = client.bind(POLICIES["tiny"], model=["closed", "bare"])
+    assert not bound.binding.same_tokens
+    ids = ids_of(POLICIES["tiny"], "Thank you")
+    item = bound.token_rewards([{"prompt": "How?", "response_token_ids": ids}], methods=["red"]).data[0]
+    assert len(item.token_rewards["red"]) == len(ids)
+    assert set(item.rewards or {}) == {"closed", "bare"}
+
+
+def test_a_server_whose_model_was_replaced_is_noticed(models: ModelList) -> None:
+    binding = Binding(POLICIES["tiny"], models, "closed")
+    assert not binding.is_known("fp-1")
+    binding.compare(models, "fp-1")
+    assert binding.is_known("fp-1")
+    replaced = models.model_copy(deep=True)
+    replaced.data[0].tokenizer_fingerprint = "another"
+    with pytest.raises(InvalidAnswer, match="tokenizer_fingerprint changed"):
+        binding.compare(replaced, "fp-2")
+
+
+def test_bad_samples_keep_their_places(client: Client) -> None:
+    tokenizer = POLICIES["qwen"]
+    good = {"messages": MESSAGES, "response_token_ids": ids_of(tokenizer, "Thank you")}
+    bad = good | {"response_token_ids": ids_of(tokenizer, "Thank you " * 2000)}
+    answer = client.bind(tokenizer, model="closed").token_rewards([good, bad, good], on_error="item")
+    assert [item.error is None for item in answer.data] == [True, False, True]
+
+
+async def test_the_asynchronous_client_gives_the_same(server: Server, client: Client) -> None:
+    sample = {"messages": MESSAGES, "response_token_ids": ids_of(POLICIES["qwen"], "Thank you 😀")}
+    expected = client.bind(POLICIES["qwen"]).token_rewards([sample]).data[0]
+    async with AsyncClient(server.url, trust_env=False) as other:
+        bound = await other.bind(POLICIES["qwen"])
+        item = (await bound.token_rewards([sample])).data[0]
+    np.testing.assert_array_equal(item.token_rewards["red"], expected.token_rewards["red"])
