@@ -304,6 +304,27 @@ class BoundClient:
             self.binding.compare(self._client.models(), answer.fingerprint)
         return self.binding.answer(bound, answer)
 
+    def rewards(
+        self,
+        samples: Samples,
+        *,
+        ensemble: EnsembleOptions | None = None,
+        on_error: OnError = "request",
+        truncate: Truncate | None = None,
+    ) -> RewardsResponse:
+        """One reward a sample, `answer.data[i].reward`. Arguments and errors are those of `token_rewards`."""
+        bound = [self.binding.bind(sample) for sample in samples]
+        answer = self._client.rewards(
+            [each.sample for each in bound],
+            model=self.binding.model,
+            ensemble=ensemble,
+            on_error=on_error,
+            truncate=truncate,
+        )
+        if not self.binding.is_known(answer.fingerprint):
+            self.binding.compare(self._client.models(), answer.fingerprint)
+        return self.binding.warned(bound, answer)
+
 
 class AsyncBoundClient:
     """`BoundClient` for asyncio."""
@@ -336,6 +357,27 @@ class AsyncBoundClient:
         if not self.binding.is_known(answer.fingerprint):
             self.binding.compare(await self._client.models(), answer.fingerprint)
         return self.binding.answer(bound, answer)
+
+    async def rewards(
+        self,
+        samples: Samples,
+        *,
+        ensemble: EnsembleOptions | None = None,
+        on_error: OnError = "request",
+        truncate: Truncate | None = None,
+    ) -> RewardsResponse:
+        """As `BoundClient.rewards`."""
+        bound = [self.binding.bind(sample) for sample in samples]
+        answer = await self._client.rewards(
+            [each.sample for each in bound],
+            model=self.binding.model,
+            ensemble=ensemble,
+            on_error=on_error,
+            truncate=truncate,
+        )
+        if not self.binding.is_known(answer.fingerprint):
+            self.binding.compare(await self._client.models(), answer.fingerprint)
+        return self.binding.warned(bound, answer)
 
 
 def _httpx_options(base_url: str, api_key: str | None, options: dict[str, Any]) -> dict[str, Any]:

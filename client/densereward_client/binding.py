@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ._errors import InvalidAnswer
 from .tokens import TokenBytes
-from .wire import ModelCard, ModelList, Sample, SampleTokenRewards, TokenRewardsResponse
+from .wire import ModelCard, ModelList, RewardsResponse, Sample, SampleTokenRewards, TokenRewardsResponse
 
 __all__ = ["Binding", "Bound", "Text"]
 
@@ -122,6 +122,13 @@ class Binding:
         """
         data = [self._item(each, item) for each, item in zip(bound, answer.data, strict=True)]
         return answer.model_copy(update={"data": data})
+
+    @staticmethod
+    def warned(bound: Sequence[Bound], answer: RewardsResponse) -> RewardsResponse:
+        """An answer of one reward a sample, with what was noticed on the way to the text."""
+        for each, item in zip(bound, answer.data, strict=True):
+            item.warnings.extend(each.warnings)
+        return answer
 
     def is_known(self, answered: str) -> bool:
         """Whether an answer with this fingerprint comes from the model that this is bound to, as far as was seen."""
