@@ -89,6 +89,14 @@ def test_a_response_that_was_cut_by_length_is_scored_open_where_the_trainer_says
     assert content["rewards"][0] != pytest.approx(got(http, **asked(RESPONSES[:1]))["rewards"][0], abs=1e-4)
 
 
+@pytest.mark.parametrize("in_url", [True, False])
+def test_a_response_without_the_policys_end_of_sequence_was_cut_by_length(http: httpx.Client, in_url: bool) -> None:
+    end = "<|im_end|>"
+    url = str(httpx.URL("/get_reward", params={"eos": end})) if in_url else "/get_reward"
+    content = got(http, url, **asked(RESPONSES[:2], **({} if in_url else {"eos": end})))
+    assert content["rewards"] == pytest.approx(got(http, **asked(RESPONSES[:2], finished=[False, True]))["rewards"])
+
+
 def test_the_url_says_what_a_trainers_body_cannot(http: httpx.Client, api: Api) -> None:
     bare = got(http, "/get_reward?token_rewards=false", **asked())
     assert bare["extra_logs"] == {}
@@ -148,6 +156,8 @@ def test_a_query_that_does_not_begin_with_its_prompt_is_refused_by_its_index(htt
         ({"token_reward": True}, "invalid_request", "token_reward"),
         ({"token_rewards": False, "method": "red"}, "invalid_request", "method"),
         ({"token_rewards": False, "response_spans": [[]] * len(RESPONSES)}, "invalid_request", "response_spans"),
+        ({"eos": "</s>", "finished": [True] * len(RESPONSES)}, "invalid_request", "eos"),
+        ({"eos": ""}, "invalid_request", "eos"),
         ({"method": "magic"}, "unknown_method", "methods"),
         ({"method": "weights"}, "missing_weights", None),
     ],

@@ -38,7 +38,7 @@ class GetRewardRequest(BaseModel):
 
     query: list[str] = Field(min_length=1, description="Prompt and response as one text each.")
     prompts: list[str] = Field(description="What each query begins with; the rest of it is the response.")
-    labels: list[Any] | None = Field(None, description="Not read.")
+    labels: Any = Field(None, description="Not read.")
     model: str | None = Field(None, description="One of GET /v1/models. Also in the URL.")
     token_rewards: StrictBool = Field(
         True, description="False: sequence rewards only, for OpenRLHF as it is. Also in the URL."
@@ -52,6 +52,12 @@ class GetRewardRequest(BaseModel):
     finished: list[StrictBool] | None = Field(
         None, description="For each query; false: cut by length, so no closing tokens are scored. By default all true."
     )
+    eos: str | None = Field(
+        None,
+        min_length=1,
+        description="Instead of `finished`: the policy's end of sequence, as text; a response without it at its end was "
+        "cut by length. Also in the URL.",
+    )
 
 
 class _InURL(BaseModel):
@@ -60,6 +66,7 @@ class _InURL(BaseModel):
     model: str | None = None
     token_rewards: bool = True
     method: str | None = None
+    eos: str | None = Field(None, min_length=1)
 
 
 class ExtraLogs(BaseModel):
@@ -143,6 +150,8 @@ def _check(asked: GetRewardRequest) -> None:
     for name in ("method", "response_spans"):
         if not asked.token_rewards and getattr(asked, name) is not None:
             raise InvalidRequest(f"{name} is about token rewards, and token_rewards is false", field=name)
+    if asked.eos is not None and asked.finished is not None:
+        raise InvalidRequest("give either eos or finished: both say which responses were cut by length", field="eos")
 
 
 def _sample(asked: GetRewardRequest, index: int) -> Sample:
@@ -155,11 +164,12 @@ def _sample(asked: GetRewardRequest, index: int) -> Sample:
             field="query",
             index=index,
         )
+    response = query[len(prompt) :]
     return Sample(
         prompt=prompt,
-        response=query[len(prompt) :],
+        response=response,
         response_spans=None if asked.response_spans is None else asked.response_spans[index],
-        finished=asked.finished is None or asked.finished[index],
+        finished=response.endswith(asked.eos or "") if asked.finished is None else asked.finished[index],
     )
 
 
