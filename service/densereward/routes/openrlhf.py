@@ -55,7 +55,7 @@ class GetRewardRequest(BaseModel):
     eos: str | None = Field(
         None,
         min_length=1,
-        description="Instead of `finished`: the policy's end of sequence, as text; a response without it at its end was "
+        description="Instead of `finished`: the policy's end of sequence, as text; a response that ends otherwise was "
         "cut by length. Also in the URL.",
     )
 
