@@ -285,3 +285,8 @@ def test_what_a_tokenizer_writes_round_a_text_is_written_once() -> None:
     for text in ("Thank you", "<|bos|>Thank you", "Thank you<|im_end|>", "<|bos|>Thank you<|im_end|>"):
         assert reader.whole(text, special_tokens=True).response_token_ids == [BOS, *ids_of("Thank you"), END]
         assert reader.whole(text, special_tokens=False).response_token_ids == ids_of(text)
+
+
+def test_a_whole_dialogue_needs_a_template_and_its_refusal_names_the_other_way() -> None:
+    with pytest.raises(InvalidRequest, match="no chat template: give `input`"):
+        aligner(template=None).whole([Message(role="user", content="Why?")], special_tokens=False)

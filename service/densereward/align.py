@@ -242,7 +242,7 @@ class Aligner:
         if isinstance(given, str):
             text = given
         elif given and isinstance(given[0], Message):
-            text = self._template().whole([each.model_dump() for each in given if isinstance(each, Message)])
+            text = self._template("`input`").whole([each.model_dump() for each in given if isinstance(each, Message)])
         else:
             return [each for each in given if isinstance(each, int)]
         ids = self.vocabulary.encode(text).ids
@@ -356,10 +356,10 @@ class Aligner:
             return sample.prompt or ""
         return self._template().prompt([message.model_dump() for message in sample.messages])
 
-    def _template(self) -> ChatTemplate:
+    def _template(self, instead: str = "`prompt` or `prompt_token_ids`") -> ChatTemplate:
         if self.template is None:
             raise InvalidRequest(
-                "this model has no chat template: give `prompt` or `prompt_token_ids`",
+                f"this model has no chat template: give {instead}",
                 code="no_chat_template",
                 field="messages",
             )
