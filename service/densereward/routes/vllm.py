@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import uuid
 from functools import partial
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import orjson
@@ -96,7 +96,7 @@ class ClassifyRequest(BaseModel):
     request_id: str | None = Field(None, description="Echoed, as part of the answer's id.")
 
     @model_validator(mode="after")
-    def _one_kind_of_input(self) -> Self:
+    def _one_kind_of_input(self) -> ClassifyRequest:
         if (self.input is None) == (self.messages is None):
             raise ValueError("give either input or messages")
         return self
