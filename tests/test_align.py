@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 import tiny
 from densereward.align import Aligned, Aligner
 from densereward.capture import PrefixScores
 from densereward.errors import InvalidRequest, ModelError, TooLong
-from densereward_client.wire import Sample
+from densereward_client.wire import Message, Sample
 
 BOS, START, END = 0, 1, 2
 NEWLINE = 201
@@ -262,3 +263,30 @@ def _byte_spans(text: str, token_ids: list[int]) -> list[tuple[int, int]]:
         reached += len(piece)
     assert reached == len(text.encode())
     return spans
+
+
+@pytest.mark.parametrize(
+    ("special", "reason"),
+    [({"gate": "<|im_end|>"}, "weighs its objectives"), ({"score_token": 7}, "written behind a response")],
+)
+def test_a_whole_text_is_refused_where_the_place_of_the_response_matters(special: dict[str, Any], reason: str) -> None:
+    reader = Aligner(tiny.make_tokenizer(), 256, 320, **special)
+    for whole in ("Thank you", [5, 6], [Message(role="user", content="Why?")]):
+        with pytest.raises(InvalidRequest, match=reason):
+            reader.whole(whole, special_tokens=True)
+
+
+def test_what_a_tokenizer_writes_round_a_text_is_written_once() -> None:
+    tokenizer = tiny.make_tokenizer(adds_bos=True, template=None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A <|im_end|>", special_tokens=[("<|bos|>", BOS), ("<|im_end|>", END)]
+    )
+    reader = Aligner(tokenizer, 256, 320)
+    for text in ("Thank you", "<|bos|>Thank you", "Thank you<|im_end|>", "<|bos|>Thank you<|im_end|>"):
+        assert reader.whole(text, special_tokens=True).response_token_ids == [BOS, *ids_of("Thank you"), END]
+        assert reader.whole(text, special_tokens=False).response_token_ids == ids_of(text)
+
+
+def test_a_whole_dialogue_needs_a_template_and_its_refusal_names_the_other_way() -> None:
+    with pytest.raises(InvalidRequest, match="no chat template: give `input`"):
+        aligner(template=None).whole([Message(role="user", content="Why?")], special_tokens=False)

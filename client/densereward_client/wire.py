@@ -46,6 +46,7 @@ __all__ = [
     "SampleReward",
     "SampleTokenRewards",
     "Segment",
+    "Spans",
     "Timing",
     "TokenRewardsRequest",
     "TokenRewardsResponse",

@@ -21,7 +21,7 @@ from densereward.methods.base import Response
 from densereward.slots import Slots
 from densereward.steps import StepWriter
 from densereward.tokens import Vocabulary
-from densereward_client.wire import Sample
+from densereward_client.wire import Message, Sample
 
 __all__ = ["Aligned", "Aligner"]
 
@@ -239,6 +239,47 @@ class Aligner:
         text.warnings.append(f"truncated: the prompt lost its first {beyond} tokens{what}")
         return beyond
 
+    def whole(self, given: str | Sequence[int] | Sequence[Message], *, special_tokens: bool) -> Sample:
+        """A text, ids or a dialogue that hold the response already, to be scored at their last token as they stand.
+
+        With `special_tokens`, what the tokenizer itself writes round a text is written where it is not there yet; ids
+        are left as they are.
+
+        Raises:
+            InvalidRequest: the model must know where the response begins, or reads no dialogues.
+        """
+        self._check_reads_wholes()
+        return Sample(prompt_token_ids=[], response_token_ids=self._whole_ids(given, special_tokens), finished=False)
+
+    def _whole_ids(self, given: str | Sequence[int] | Sequence[Message], special_tokens: bool) -> list[int]:
+        if isinstance(given, str):
+            text = given
+        elif given and isinstance(given[0], Message):
+            text = self._template("`input`").whole([each.model_dump() for each in given if isinstance(each, Message)])
+        else:
+            return [each for each in given if isinstance(each, int)]
+        ids = self.vocabulary.encode(text).ids
+        if not special_tokens:
+            return ids
+        before, behind = self.vocabulary.prefix_ids, self.vocabulary.suffix_ids
+        ids = ids if ids[: len(before)] == before else [*before, *ids]
+        return [*ids, *missing_closing(ids, behind)]
+
+    def _check_reads_wholes(self) -> None:
+        reasons = {
+            "judges steps or tokens of a response": self._unit != "sequence",
+            "reads prompt and response as a pair of texts": self._between is not None,
+            "gives the response's tokens alone a probability": self._needs_prompt,
+            "weighs its objectives where the prompt ends": bool(self._gate),
+            "is read at a token that is written behind a response": bool(self._ending),
+        }
+        for reason in (reason for reason, applies in reasons.items() if applies):
+            raise InvalidRequest(
+                f"this model {reason}, so a text that holds both cannot be scored as it stands; give prompt and "
+                "response to POST /rewards or /token_rewards",
+                code="needs_prompt_and_response",
+            )
+
     def instructed(self, sample: Sample, sequence: ScoringInput, instruction: str) -> ScoringInput:
         """An aligned sample whose prompt begins with an instruction.
 
@@ -341,13 +382,16 @@ class Aligner:
     def _prompt_text(self, sample: Sample) -> str:
         if sample.messages is None:
             return sample.prompt or ""
+        return self._template().prompt([message.model_dump() for message in sample.messages])
+
+    def _template(self, instead: str = "`prompt` or `prompt_token_ids`") -> ChatTemplate:
         if self.template is None:
             raise InvalidRequest(
-                "this model has no chat template: give `prompt` or `prompt_token_ids`",
+                f"this model has no chat template: give {instead}",
                 code="no_chat_template",
                 field="messages",
             )
-        return self.template.prompt([message.model_dump() for message in sample.messages])
+        return self.template
 
     def _with_bos(self, sample: Sample, ids: list[int]) -> list[int]:
         """BOS where the tokenizer adds one and the text lacks it; a template has written its own or wants none."""

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from densereward import __version__
 from densereward.errors import DenseRewardError, NotReady
-from densereward.routes import operations, scoring
+from densereward.routes import openrlhf, operations, scoring, vllm
 from densereward.service import Service
 from densereward.settings import ServerSettings
 from densereward_client.wire import RewardsRequest, TokenRewardsRequest
@@ -56,6 +56,8 @@ def create_app(settings: ServerSettings, on_failure: Callable[[], None] = lambda
     app.state.settings = settings
     app.state.service = service
     app.include_router(scoring.router)
+    app.include_router(openrlhf.router)
+    app.include_router(vllm.router)
     app.include_router(operations.router)
     app.add_exception_handler(DenseRewardError, _known_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -117,6 +119,16 @@ async def _unknown_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(content, status_code=500, headers={"X-Request-ID": request_id})
 
 
+_BODIES = (
+    TokenRewardsRequest,
+    RewardsRequest,
+    openrlhf.GetRewardRequest,
+    vllm.ClassifyRequest,
+    vllm.PoolingRequest,
+)
+"""What the scoring routes read by themselves."""
+
+
 class _Observe:
     """Gives every request an id, and counts and times it."""
 
@@ -151,7 +163,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's document, with the bodies that the scoring routes read by themselves."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        bodies = [(model, "validation") for model in (TokenRewardsRequest, RewardsRequest)]
+        bodies = [(model, "validation") for model in _BODIES]
         _, definitions = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
         schema["components"]["schemas"] |= definitions["$defs"]
         app.openapi_schema = schema

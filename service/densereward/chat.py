@@ -48,9 +48,7 @@ class ChatTemplate:
         try:
             before, closing = self._split(messages)
         except Exception as error:  # a template is a program of the model's, and may fail in any way
-            raise InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", code="template_error", field="messages"
-            ) from error
+            raise _refused(error) from error
         if closing != self.closing:
             raise InvalidRequest(
                 f"after these messages the template closes an answer with {closing!r}, not with {self.closing!r}",
@@ -59,6 +57,17 @@ class ChatTemplate:
             )
         return before
 
+    def whole(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The dialogue as it stands, with whatever answer it ends with.
+
+        Raises:
+            InvalidRequest: the template refuses the dialogue.
+        """
+        try:
+            return self._rendered(messages)
+        except Exception as error:  # as in `prompt`
+            raise _refused(error) from error
+
     def _split(self, messages: Sequence[dict[str, Any]]) -> tuple[str, str]:
         before, marker, after = self._write(messages, _ANSWER).rpartition(_ANSWER)
         if not marker:
@@ -66,5 +75,13 @@ class ChatTemplate:
         return before, after
 
     def _write(self, messages: Sequence[dict[str, Any]], answer: str) -> str:
-        dialogue = [*messages, {"role": "assistant", "content": answer}]
-        return str(self._tokenizer.apply_chat_template(dialogue, tokenize=False))
+        return self._rendered([*messages, {"role": "assistant", "content": answer}])
+
+    def _rendered(self, messages: Sequence[dict[str, Any]]) -> str:
+        return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False))
+
+
+def _refused(error: Exception) -> InvalidRequest:
+    return InvalidRequest(
+        f"the model's chat template refuses these messages: {error}", code="template_error", field="messages"
+    )

@@ -36,7 +36,7 @@ from densereward.metrics import Metrics
 from densereward.plans import Plan, availability, boundaries_of, needs_of, plan
 from densereward.reencoding import apart, together, tokens_apart
 from densereward.spread import Spread
-from densereward_client.wire import ModelCard, RewardsRequest, Sample, TokenRewardsRequest
+from densereward_client.wire import Message, ModelCard, RewardsRequest, Sample, TokenRewardsRequest
 
 __all__ = ["Pipeline", "Samples", "Scorer", "Scores", "Work", "answer_to"]
 
@@ -155,6 +155,14 @@ class Pipeline:
             DenseRewardError: a method or a parameter that is not there.
         """
         return plan(request, self._engine)
+
+    def whole(self, given: str | Sequence[int] | Sequence[Message], *, special_tokens: bool) -> Sample:
+        """What holds prompt and response already, as a sample; see `Aligner.whole`.
+
+        Raises:
+            InvalidRequest: the model must know where the response begins, or reads no dialogues.
+        """
+        return self._aligner.whole(given, special_tokens=special_tokens)
 
     async def score(self, work: Work) -> Scores:
         """Run what could be aligned; errors keep their places.

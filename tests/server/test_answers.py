@@ -154,6 +154,9 @@ def test_docs_show_the_openapi_document(http: httpx.Client, openapi: Json) -> No
     assert openapi["paths"].keys() == {
         "/token_rewards",
         "/rewards",
+        "/get_reward",
+        "/classify",
+        "/pooling",
         "/v1/methods",
         "/v1/models",
         "/health",
@@ -167,6 +170,9 @@ def test_docs_show_the_openapi_document(http: httpx.Client, openapi: Json) -> No
     [
         ("/token_rewards", "TokenRewardsRequest", "TokenRewardsResponse"),
         ("/rewards", "RewardsRequest", "RewardsResponse"),
+        ("/get_reward", "GetRewardRequest", "GetRewardResponse"),
+        ("/classify", "ClassifyRequest", "ClassifyResponse"),
+        ("/pooling", "PoolingRequest", "PoolingResponse"),
     ],
 )
 def test_openapi_documents_bodies_answers_and_errors(

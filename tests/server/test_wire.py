@@ -94,7 +94,7 @@ def test_no_parser_sees_more_than_a_sample_of_a_large_body(monkeypatch: pytest.M
         return one(text)
 
     monkeypatch.setattr(reading, "_sample", observed)
-    monkeypatch.setattr(reading, "_whole", pytest.fail)
+    monkeypatch.setattr(reading, "read_whole", pytest.fail)
     _, samples = read(body, RewardsRequest, 500)
     assert len(samples) == 500
     assert max(longest) < len(body) / 400

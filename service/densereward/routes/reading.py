@@ -10,16 +10,17 @@ import re
 from json import JSONDecoder
 from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from densereward.errors import ClientGone, DenseRewardError, MalformedJSON, TooLarge
 from densereward.problems import invalid, problems_of
 from densereward_client.wire import RewardsRequest, Sample
 
-__all__ = ["body_of", "read"]
+__all__ = ["body_of", "check_number", "read", "read_whole"]
 
 R = TypeVar("R", bound=RewardsRequest)
+B = TypeVar("B", bound=BaseModel)
 Samples = list[Sample | DenseRewardError]
 
 _JSON = JSONDecoder()
@@ -61,11 +62,11 @@ def read(body: bytes, kind: type[R], most: int) -> tuple[R, Samples]:
         text = body.decode()
         envelope, places = _cut(text)
         request = kind.model_validate_json(envelope)
-        _check_number(len(places), most)
+        check_number(len(places), most)
         return request, [_sample(text[start:stop]) for start, stop in places]
     except (ValueError, RecursionError):
-        request = _whole(body, kind)
-    _check_number(len(request.samples), most)
+        request = read_whole(body, kind)
+    check_number(len(request.samples), most)
     return request, list(request.samples)
 
 
@@ -128,7 +129,7 @@ def _sample(text: str) -> Sample | DenseRewardError:
         return invalid(problems, sample=_JSON.decode(text))
 
 
-def _whole(body: bytes, kind: type[R]) -> R:
+def read_whole(body: bytes, kind: type[B]) -> B:
     """The request by the one parser that reads it in one piece, and so knows what is wrong with it, and where.
 
     Raises:
@@ -145,7 +146,12 @@ def _whole(body: bytes, kind: type[R]) -> R:
     raise invalid(of_the_request or problems)
 
 
-def _check_number(samples: int, most: int) -> None:
+def check_number(samples: int, most: int) -> None:
+    """Refuse more samples than the server takes at once.
+
+    Raises:
+        TooLarge: more than `most`.
+    """
     if samples > most:
         raise TooLarge(
             f"{samples} samples in one request, and the server takes {most}; send them in parts",
