@@ -133,7 +133,9 @@ def _split(text: str, aligner: Aligner) -> str:
 
 def _closing(engine: Engine, aligner: Aligner) -> Iterator[Finding]:
     shown = "".join(map(aligner.vocabulary.token_text, aligner.closing_ids))
-    if engine.facts.unit != "sequence":
+    if engine.facts.reads_pairs:
+        yield Finding("score_position", "ok", f"the score is the whole pair's, closed by {shown!r}")
+    elif engine.facts.unit != "sequence":
         yield Finding("score_position", "ok", f"scores are read at each {engine.facts.unit} of a response")
     elif shown:
         yield Finding("score_position", "ok", f"the score is read at the last of the closing tokens {shown!r}")

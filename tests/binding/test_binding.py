@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import families
 import tiny
-from densereward_client import AsyncClient, Client, InvalidAnswer
+from densereward_client import AsyncClient, BoundClient, Client, InvalidAnswer
 from densereward_client.binding import Binding
 from densereward_client.tokens import byte_alphabet
 from densereward_client.wire import ModelList
@@ -193,6 +193,22 @@ def test_every_byte_of_a_response_belongs_to_exactly_one_token(policy: str, writ
     owned = [(0, 0), *read.spans]
     assert (owned[min(len(ids), 1)][0], owned[-1][1]) == (0, len(read.text.encode()))
     assert read.warnings == []
+
+
+@pytest.mark.parametrize("policy", ["qwen", "llama", "deepseek", "mon", "tiny"])
+@settings(max_examples=15, deadline=None)
+@given(written=text, ended=st.booleans())
+def test_sums_are_kept_whatever_is_written(
+    policy: str, written: str, ended: bool, models: ModelList, client: Client
+) -> None:
+    """The first model's tokens are tiny's alone."""
+    ids = ids_of(POLICIES[policy], written, eos=ended)
+    bound = BoundClient(client, bindings(policy, models))
+    item = bound.token_rewards([{"messages": MESSAGES, "response_token_ids": ids}], methods=METHODS).data[0]
+    for name, rewards in item.token_rewards.items():
+        assert len(rewards) == len(ids)
+        total = float(rewards.sum(dtype=np.float64)) + item.baseline[name]
+        assert total == pytest.approx(item.reward, abs=1e-5)
 
 
 @settings(max_examples=60, deadline=None)

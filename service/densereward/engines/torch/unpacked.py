@@ -97,6 +97,7 @@ class UnpackedEngine:
             reads_pairs=self._whole,
             reencodes=True,
         )
+        self._has_fused = _has_fused(model)
         try:
             if not self._whole and not self._is_causal():
                 raise ModelError(f"{why}, and its tokens look ahead, so that how it reads a dialogue is not known")
@@ -262,10 +263,8 @@ class UnpackedEngine:
     @contextmanager
     def _attention(self, *, eager: bool) -> Iterator[None]:
         """Transformers' fused attention where the model has it and its weights are not asked for."""
-        for kind in ["eager"] if eager else ["sdpa", "eager"]:
-            with suppress(ValueError, ImportError):
-                self._model.set_attn_implementation(kind)
-                break
+        if self._has_fused:
+            self._model.set_attn_implementation("eager" if eager else "sdpa")
         yield
 
     def _is_causal(self) -> bool:
@@ -351,6 +350,16 @@ def _only_rows(model: Any, place: int) -> Iterator[None]:
     finally:
         for module in modules:
             del module.forward
+
+
+def _has_fused(model: Any) -> bool:
+    """Whether the model can run in torch's fused attention; it is left in eager attention."""
+    with suppress(ValueError, ImportError):
+        model.set_attn_implementation("sdpa")
+    found = bool(model.config._attn_implementation == "sdpa")
+    if found:
+        model.set_attn_implementation("eager")
+    return found
 
 
 def _widen_head(model: Any) -> None:
