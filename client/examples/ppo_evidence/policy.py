@@ -46,14 +46,18 @@ class Policy(nn.Module):
         super().__init__()
         self.facts, self.precision = facts, precision
         self.embedding = copy.deepcopy(decoder.embed_tokens).to(precision).requires_grad_(requires_grad=False)
-        self.lower = _part(decoder, decoder.layers[:-trained], nn.Identity()).to(precision).requires_grad_(False)
-        self.upper = _part(decoder, decoder.layers[-trained:], decoder.norm)
-        self.reference = copy.deepcopy(self.upper).requires_grad_(False)
+        self.lower = _part(decoder, list(decoder.layers)[:-trained], nn.Identity())
+        self.upper = _part(decoder, list(decoder.layers)[-trained:], decoder.norm)
+        self.reference = copy.deepcopy(self.upper)
         self.critic = copy.deepcopy(self.upper)
         self.value_head = nn.Linear(decoder.config.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self._writer = copy.deepcopy(self.upper).to(precision).requires_grad_(False)
+        self._writer = copy.deepcopy(self.upper)
+        for frozen in (self.lower, self.reference, self._writer):
+            frozen.requires_grad_(requires_grad=False)
+        for rounded in (self.lower, self._writer):
+            nn.Module.to(rounded, precision)
         self.register_buffer("kept", torch.tensor(facts.kept))
         self.register_buffer("openings", torch.tensor(facts.openings))
         self.register_buffer("head", decoder.embed_tokens.weight.detach()[facts.kept].to(precision))
@@ -114,8 +118,10 @@ def _part(decoder: LlamaModel, layers: Sequence[nn.Module], norm: nn.Module) -> 
     config.num_hidden_layers = len(layers)
     with torch.device("meta"):
         part = LlamaModel(config)
-    part.embed_tokens, part.rotary_emb = nn.Identity(), copy.deepcopy(decoder.rotary_emb)
-    part.layers, part.norm = nn.ModuleList(copy.deepcopy(layer) for layer in layers), copy.deepcopy(norm)
+    part.rotary_emb = copy.deepcopy(decoder.rotary_emb)
+    part.add_module("embed_tokens", nn.Identity())
+    part.add_module("norm", copy.deepcopy(norm))
+    part.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers)
     for place, layer in enumerate(part.layers):
-        layer.self_attn.layer_idx = place
+        layer.get_submodule("self_attn").layer_idx = place  # type: ignore[assignment]  # where the cache keeps its keys
     return part

@@ -41,13 +41,13 @@ class Log:
         smoothed: Numbers = (sums[ends] - sums[starts]) / (ends - starts)
         return smoothed
 
-    def mean(self, name: str = "reward") -> float:
-        """Over the whole training."""
-        return float(self.columns[name].mean())
+    def mean(self, name: str = "reward", steps: int | None = None) -> float:
+        """Over the whole training, or its first steps."""
+        return float(np.mean(self.columns[name][:steps]))
 
     def last(self, name: str = "reward") -> float:
         """Over the last ten steps."""
-        return float(self.columns[name][-_WINDOW:].mean())
+        return float(np.mean(self.columns[name][-_WINDOW:]))
 
     def reward_at(self, kl: float) -> float | None:
         """The smoothed reward when the smoothed KL first reaches this; None where it never does."""
@@ -75,17 +75,17 @@ def read_logs(folder: Path) -> dict[str, ByMethod]:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and two standard errors."""
-    if not values:
-        return ""
-    error = 2 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    """Mean and two standard errors, where there are enough values to tell."""
+    if len(values) < 2:
+        return "".join(f"{value:+.3f}" for value in values)
+    error = 2 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return f"{np.mean(values):+.3f} ± {error:.3f}"
 
 
 def sign_test(differences: Sequence[float]) -> float:
     """Two-sided probability of so uneven a split of signs if both were equally likely."""
     count, wins = len(differences), sum(difference > 0 for difference in differences)
-    tail = sum(math.comb(count, k) for k in range(max(wins, count - wins), count + 1)) / 2**count
+    tail = sum(math.comb(count, k) for k in range(max(wins, count - wins), count + 1)) * 0.5**count
     return min(1.0, 2 * tail)
 
 
@@ -185,7 +185,8 @@ def _variant(name: str, study: ByMethod, main: ByMethod) -> Iterator[str]:
         before = main.get(method, {})
         own = [log.mean() for log in by_seed.values()]
         to_sparse = [log.mean() - sparse[seed].mean() for seed, log in by_seed.items() if seed in sparse]
-        to_main = [log.mean() - before[seed].mean() for seed, log in by_seed.items() if seed in before]
+        shared = [(log, before[seed]) for seed, log in by_seed.items() if seed in before]
+        to_main = [log.mean() - other.mean(steps=len(log.columns["step"])) for log, other in shared]
         kl = f"{np.mean([log.last('kl') for log in by_seed.values()]):.1f}"
         explained = f"{np.mean([log.mean('explained') for log in by_seed.values()]):.2f}"
         less = "" if method == _CONTROL else interval(to_sparse)

@@ -1,4 +1,4 @@
-"""Runs of the plan: `python -m examples.ppo_evidence.run tune|runs|report --data FOLDER` (README beside this file).
+"""Runs of the plan: `python -m examples.ppo_evidence.run tune|runs|report --data FOLDER` (PLAN.md beside this file).
 
 One compact log a run, in a folder outside the repository; what is finished is not run again.
 """
@@ -156,11 +156,10 @@ def run_all(runs: Sequence[Run], place: Place, workers: int) -> None:
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread) as pool:
         running = {pool.submit(execute, run, place): run for run in waiting}
         for done, future in enumerate(as_completed(running), 1):
-            run = running[future]
-            last = read_log(log_path(place.logs, run))[-10:] if future.exception() is None else []
-            if not last:
-                pool.shutdown(cancel_futures=True)
-            seconds = future.result()
+            if future.exception():
+                pool.shutdown(cancel_futures=True)  # the others would fail alike
+            run, seconds = running[future], future.result()
+            last = read_log(log_path(place.logs, run))[-10:]
             reward = sum(record["reward"] for record in last) / len(last)
             name = f"{run.study}, {run.method}, seed {run.seed}"
             print(f"{done}/{len(waiting)} {name}: {seconds:.0f} s, last steps {reward:+.3f}", flush=True)

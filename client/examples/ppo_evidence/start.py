@@ -106,15 +106,16 @@ def cut_decoder() -> LlamaModel:
 
 
 def _facts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[int]]) -> Facts:
-    begin, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    begin, end = (tokenizer.get_vocab()[token] for token in ("<|im_start|>", "<|im_end|>"))
     counts = Counter(itertools.chain.from_iterable(texts))
     kept = sorted({end, *(identity for identity, _ in counts.most_common(KEPT_IDS - 1))})
     may_begin = {tuple(ids[:OPENING_TOKENS]) for ids in texts if len(ids) > 2 * OPENING_TOKENS}
     openings = sorted(list(opening) for opening in may_begin if set(opening) <= set(kept))
     Random(0).shuffle(openings)
     turn = [{"role": "user", "content": ""}]
-    judge_prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-    return Facts(begin, end, kept, openings[:OPENINGS], list(judge_prompt))
+    before = str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    judge_prompt: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+    return Facts(begin, end, kept, openings[:OPENINGS], judge_prompt)
 
 
 def _batches(texts: Sequence[list[int]], facts: Facts, size: int) -> Iterator[Tensor]:
