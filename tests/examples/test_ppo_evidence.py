@@ -137,6 +137,8 @@ def test_a_run_is_logged_repeated_to_the_digit_and_not_run_again(
     assert [step["reward"] for step in again] == pytest.approx([step["reward"] for step in steps], abs=1e-3)
     run.run_all([asked], place, workers=1)
     assert "1 runs, 0 to do" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was made with another settings"):
+        run.is_finished(place.logs, replace(asked, settings=replace(SETTINGS, kl=1.0)))
 
 
 def test_a_server_that_fails_ends_the_run(place: run.Place) -> None:

@@ -62,8 +62,9 @@ class Moments:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the policy wrote and what is needed to learn from it; [batch, tokens], but for `scores` [batch]."""
+    """What the policy wrote and what is needed to learn from it; [batch, tokens] where nothing else is said."""
 
+    openings: Tensor  # [batch, tokens of an opening]
     responses: Responses
     hidden: Tensor  # of the shared layers, [batch, opening + tokens, width]
     old: Tensor  # log-probabilities under the policy that wrote
@@ -71,7 +72,7 @@ class Batch:
     entropy: Tensor
     rewards: Tensor  # the judge's, standardised, less the penalty
     values: Tensor
-    scores: Tensor
+    scores: Tensor  # the judge's own, [batch]
 
     @property
     def mask(self) -> Tensor:
@@ -154,7 +155,7 @@ def collect(policy: Policy, judge: Judging, moments: Moments, settings: Settings
     rewards = scores.rewards.scatter_add(1, last, torch.full_like(scores.rewards[:, :1], -moments.mean))
     rewards = settings.scale * rewards / moments.deviation - settings.kl * away
     values = policy.values(hidden, settings.tokens)
-    return Batch(responses, hidden, old, away, _entropy(logits), rewards, values, scores.scores)
+    return Batch(openings, responses, hidden, old, away, _entropy(logits), rewards, values, scores.scores)
 
 
 def _descend(optimizer: torch.optim.Optimizer, weights: Any, loss: Tensor) -> None:
@@ -199,5 +200,5 @@ def _record(batch: Batch) -> dict[str, Any]:
         "length": round(float(mask.sum(1).float().mean()), 2),
         "explained": round(float(explained), 4),
         "distinct": round(len(set(pairs)) / max(1, len(pairs)), 4),
-        "ids": rows[:3],
+        "ids": [[*opening, *ids] for opening, ids in zip(batch.openings.tolist(), rows, strict=True)][:3],
     }

@@ -1,4 +1,4 @@
-"""Runs of the plan: `python -m examples.ppo_evidence.run tune|runs|report --data FOLDER` (PLAN.md beside this file).
+"""Runs of the plan, as PLAN.md tells: `python -m examples.ppo_evidence.run tune|runs|report|samples`.
 
 One compact log a run, in a folder outside the repository; what is finished is not run again.
 """
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from densereward.default_model.build import load_tokenizer
 from densereward_client import Client
 
 from . import start
@@ -28,7 +29,18 @@ from .judge import Judge, serving
 from .policy import Policy
 from .ppo import Moments, Settings, collect, train
 
-__all__ = ["Place", "Plan", "Run", "execute", "log_path", "measure", "read_log"]
+__all__ = [
+    "Place",
+    "Plan",
+    "Run",
+    "execute",
+    "is_finished",
+    "log_path",
+    "make_policy",
+    "measure",
+    "read_log",
+    "run_all",
+]
 
 PLAN = Path(__file__).parent / "plan.toml"
 SPARSE = {"name": "sparse"}
@@ -88,6 +100,21 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """A run's header, then its steps."""
     with gzip.open(path, "rt") as file:
         return [json.loads(line) for line in file]
+
+
+def is_finished(logs: Path, run: Run) -> bool:
+    """Whether its log is there.
+
+    Raises:
+        ValueError: The log is of another run, as when the plan was changed: old and new must not be mixed.
+    """
+    path = log_path(logs, run)
+    if not path.is_file():
+        return False
+    head = read_log(path)[0]
+    if different := [name for name, value in asdict(run).items() if head[name] != value]:
+        raise ValueError(f"{path} was made with another {', '.join(different)}; move it away")
+    return True
 
 
 def execute(run: Run, place: Place) -> float:
@@ -150,7 +177,7 @@ def _server(arguments: argparse.Namespace) -> Iterator[str]:
 
 def run_all(runs: Sequence[Run], place: Place, workers: int) -> None:
     """Those that are not finished, so many at a time."""
-    waiting = [run for run in runs if not log_path(place.logs, run).is_file()]
+    waiting = [run for run in runs if not is_finished(place.logs, run)]
     print(f"{len(runs)} runs, {len(waiting)} to do, {workers} at a time", flush=True)
     # Started afresh, for a forked process would share the threads' state of torch.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread) as pool:
@@ -165,6 +192,15 @@ def run_all(runs: Sequence[Run], place: Place, workers: int) -> None:
             print(f"{done}/{len(waiting)} {name}: {seconds:.0f} s, last steps {reward:+.3f}", flush=True)
 
 
+def print_samples(logs: Path, studies: Sequence[str]) -> None:
+    """What the policies wrote at the steps that keep it, to be read."""
+    tokenizer = load_tokenizer()
+    for path in sorted(path for name in studies for path in (logs / name).glob("*.jsonl.gz")):
+        for record in read_log(path)[1:]:
+            for ids in record.get("ids", []):
+                print(f"{path.name}, step {record['step']}: {tokenizer.decode(ids)!r}")
+
+
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
@@ -172,7 +208,7 @@ def _one_thread() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("tune", "runs", "report"))
+    parser.add_argument("what", choices=("tune", "runs", "report", "samples"))
     parser.add_argument("--study", action="append", help="of plan.toml; `main` by default; repeat it for several")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the human labels")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "densereward" / "ppo_evidence")
@@ -188,6 +224,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         from .report import write_report
 
         write_report(arguments.folder / "logs", arguments.output)
+        return
+    if arguments.what == "samples":
+        print_samples(arguments.folder / "logs", arguments.study or ["main"])
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     _one_thread()
