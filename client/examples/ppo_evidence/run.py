@@ -157,7 +157,7 @@ def place_of(arguments: argparse.Namespace) -> Iterator[Place]:
     folder.mkdir(parents=True, exist_ok=True)
     policy, moments = folder / "start", folder / "moments.json"
     if not (policy / "start.json").is_file():
-        start.teach(arguments.data, policy, arguments.minutes)
+        start.teach(arguments.data, policy, arguments.teaching)
     with _server(arguments) as url:
         place = Place(policy, folder / "logs", url, Moments(0.0, 1.0), arguments.device, arguments.precision)
         if not moments.is_file():
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--study", action="append", help="of plan.toml; `main` by default; repeat it for several")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the human labels")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "densereward" / "ppo_evidence")
-    parser.add_argument("--minutes", type=float, default=8.0, help="that the start policy is taught, once")
+    parser.add_argument("--teaching", type=int, default=276, help="steps that the start policy is taught, once")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--url", help="of a running server; by default one is started")
     parser.add_argument("--model", default="default", help="what the server that is started serves")

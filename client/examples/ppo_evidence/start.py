@@ -1,4 +1,4 @@
-"""The start policy: six of SmolLM2's layers, taught for some minutes to write like short reviews.
+"""The start policy: six of SmolLM2's layers, taught for some hundred steps to write like short reviews.
 
 The first and the last layers of a deep model still speak to its embedding and its head; the rest of what cutting the
 middle out broke is learnt again from the review snippets of the data folder. The embedding is frozen and tied to the
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -60,8 +59,8 @@ def load(folder: Path) -> tuple[LlamaModel, Facts]:
     return decoder, Facts(**json.loads((folder / _FACTS).read_text()))
 
 
-def teach(data: Path, folder: Path, minutes: float, batch_tokens: int = 2048, rate: float = 6e-4) -> None:
-    """Cut the decoder, train it on the review snippets below `data` for that long, and save it."""
+def teach(data: Path, folder: Path, steps: int, batch_tokens: int = 2048, rate: float = 6e-4) -> None:
+    """Cut the decoder, train it on the review snippets below `data`, 2,048 tokens a step, and save it."""
     tokenizer = load_tokenizer()
     rated = [item for item in read_vader(data / "vader") if item.source in ("movie", "amazon")]
     encoded: list[list[int]] = tokenizer([item.text for item in rated], add_special_tokens=False)["input_ids"]
@@ -73,23 +72,20 @@ def teach(data: Path, folder: Path, minutes: float, batch_tokens: int = 2048, ra
     weights = [weight for weight in decoder.parameters() if weight is not decoder.embed_tokens.weight]
     decoder.embed_tokens.requires_grad_(requires_grad=False)
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.01)
-    begun, batches = time.monotonic(), _batches(texts, facts, batch_tokens)
-    for step in itertools.count():
-        passed = (time.monotonic() - begun) / (60 * minutes)
-        if passed >= 1:
-            break
+    batches = _batches(texts, facts, batch_tokens)
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 30) * (1 - passed)
+            group["lr"] = rate * min(1.0, (step + 1) / 30) * (1 - step / steps)
         loss = _loss(decoder, next(batches), columns)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         if step % 50 == 0:
-            print(f"{60 * minutes * passed:5.0f} s, step {step}: {loss.item():.2f} nats a token", flush=True)
+            print(f"step {step}: {loss.item():.2f} nats a token", flush=True)
     with torch.no_grad():
         losses = [_loss(decoder, batch, columns) for batch in itertools.islice(_batches(held_out, facts, 2048), 10)]
-    print(f"held-out texts: {float(torch.stack(losses).mean()):.2f} nats a token, {step} steps")
+    print(f"held-out texts: {float(torch.stack(losses).mean()):.2f} nats a token")
     save(folder, decoder, facts)
 
 
