@@ -290,7 +290,7 @@ class BoundClient:
             ValueError: The request is wrong; nothing was sent.
             DenseRewardError: One of its kinds, by what went wrong.
         """
-        bound = [self.binding.bind(sample) for sample in samples]
+        bound, refused = self.binding.bind_all(samples, on_error)
         answer = self._client.token_rewards(
             [each.sample for each in bound],
             methods=methods,
@@ -302,7 +302,7 @@ class BoundClient:
         )
         if not self.binding.is_known(answer.fingerprint):
             self.binding.compare(self._client.models(), answer.fingerprint)
-        return self.binding.answer(bound, answer)
+        return self.binding.answer(bound, answer, refused)
 
     def rewards(
         self,
@@ -313,7 +313,7 @@ class BoundClient:
         truncate: Truncate | None = None,
     ) -> RewardsResponse:
         """One reward a sample, `answer.data[i].reward`. Arguments and errors are those of `token_rewards`."""
-        bound = [self.binding.bind(sample) for sample in samples]
+        bound, refused = self.binding.bind_all(samples, on_error)
         answer = self._client.rewards(
             [each.sample for each in bound],
             model=self.binding.model,
@@ -323,7 +323,7 @@ class BoundClient:
         )
         if not self.binding.is_known(answer.fingerprint):
             self.binding.compare(self._client.models(), answer.fingerprint)
-        return self.binding.warned(bound, answer)
+        return self.binding.warned(bound, answer, refused)
 
 
 class AsyncBoundClient:
@@ -344,7 +344,7 @@ class AsyncBoundClient:
         truncate: Truncate | None = None,
     ) -> TokenRewardsResponse:
         """As `BoundClient.token_rewards`."""
-        bound = [self.binding.bind(sample) for sample in samples]
+        bound, refused = self.binding.bind_all(samples, on_error)
         answer = await self._client.token_rewards(
             [each.sample for each in bound],
             methods=methods,
@@ -356,7 +356,7 @@ class AsyncBoundClient:
         )
         if not self.binding.is_known(answer.fingerprint):
             self.binding.compare(await self._client.models(), answer.fingerprint)
-        return self.binding.answer(bound, answer)
+        return self.binding.answer(bound, answer, refused)
 
     async def rewards(
         self,
@@ -367,7 +367,7 @@ class AsyncBoundClient:
         truncate: Truncate | None = None,
     ) -> RewardsResponse:
         """As `BoundClient.rewards`."""
-        bound = [self.binding.bind(sample) for sample in samples]
+        bound, refused = self.binding.bind_all(samples, on_error)
         answer = await self._client.rewards(
             [each.sample for each in bound],
             model=self.binding.model,
@@ -377,7 +377,7 @@ class AsyncBoundClient:
         )
         if not self.binding.is_known(answer.fingerprint):
             self.binding.compare(await self._client.models(), answer.fingerprint)
-        return self.binding.warned(bound, answer)
+        return self.binding.warned(bound, answer, refused)
 
 
 def _httpx_options(base_url: str, api_key: str | None, options: dict[str, Any]) -> dict[str, Any]:

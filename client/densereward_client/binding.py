@@ -11,14 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._errors import InvalidAnswer
 from .tokens import TokenBytes
-from .wire import ModelCard, ModelList, RewardsResponse, Sample, SampleTokenRewards, TokenRewardsResponse
+from .wire import (
+    Error,
+    ModelCard,
+    ModelList,
+    RewardsResponse,
+    Sample,
+    SampleReward,
+    SampleTokenRewards,
+    Segment,
+    TokenRewardsResponse,
+)
 
 __all__ = ["Binding", "Bound", "Text"]
 
@@ -48,13 +58,13 @@ class Bound:
     Attributes:
         sample: As the reward model reads it.
         count: The policy's tokens: so many rewards come back.
-        content: Of these, those before the EOS, where what was sent has other tokens from there on; else None.
+        kept: Of these, those that were sent; what follows an EOS, or one that stands for nothing, gets no reward.
         warnings: `code: message` each, for the answer.
     """
 
     sample: Sample
     count: int
-    content: int | None = None
+    kept: int
     warnings: list[str] = field(default_factory=list)
 
 
@@ -69,6 +79,7 @@ class Binding:
 
     Attributes:
         same_tokens: Whether ids are sent as they are.
+        eos_token_ids: What ends a response.
 
     Raises:
         ValueError: There is no such model, or the tokenizer spells in a way that is not known.
@@ -85,7 +96,7 @@ class Binding:
         self.model = model
         self._card = _card(models, model)
         default = [] if self._tokens.eos_id is None else [self._tokens.eos_id]
-        self._eos = frozenset(default if eos_token_ids is None else eos_token_ids)
+        self.eos_token_ids = frozenset(default if eos_token_ids is None else eos_token_ids)
         card = self._card
         self.same_tokens = card is not None and card.tokenizer_fingerprint == self._tokens.fingerprint
         self._closing_ids = list(card.closing_token_ids) if card is not None else []
@@ -95,40 +106,90 @@ class Binding:
     def bind(self, sample: Sample | Mapping[str, Any]) -> Bound:
         """A sample whose ids are the policy's, as the reward model reads it.
 
-        Without `finished`, a response has ended by itself if its last id is an EOS.
+        Without `finished`, a response has ended by itself if it ends with an EOS, whatever padding follows.
 
         Raises:
-            ValueError: The response is not given as ids; an id that is none; a prompt whose ids the reward model
-                cannot read.
+            ValueError: The response is not given as ids; an id that is none; lists of other lengths; a prompt whose
+                ids the reward model cannot read.
         """
         given = sample if isinstance(sample, Sample) else Sample.model_validate(sample)
         if given.response_token_ids is None:
             raise ValueError("give the response as response_token_ids, the policy's own: rewards come back on these")
         ids = list(given.response_token_ids)
-        content = len(ids)
-        while content and ids[content - 1] in self._eos:
-            content -= 1
+        for name in _PER_TOKEN:
+            values = getattr(given, name)
+            if values is not None and len(values) != len(ids):
+                raise ValueError(f"{name} has {len(values)} entries for {len(ids)} response_token_ids")
+        content, warnings = self._content(ids)
         finished = given.finished if "finished" in given.model_fields_set else content < len(ids)
         sent = {name: getattr(given, name) for name in given.model_fields_set} | {"finished": finished}
-        if self.same_tokens:
-            return self._as_ids(sent, ids, content, finished=finished)
-        return self._as_text(sent, ids, content, finished=finished)
+        closes = finished and content < len(ids) and bool(self._closing_ids if self.same_tokens else self._closing_text)
+        kept = content + closes  # nothing stands for an EOS where nothing closes a response
+        for name in _PER_TOKEN:
+            if sent.get(name) is not None:
+                sent[name] = sent[name][:kept]
+        asked = [1] * kept if given.response_mask is None else list(given.response_mask)[:kept]
+        mask: list[Any] = [
+            0 if ids[i] in self._tokens.special and i < content else keep for i, keep in enumerate(asked)
+        ]
+        if any(mask) and not all(mask):
+            sent["response_mask"] = mask
+        bound = (self._as_ids if self.same_tokens else self._as_text)(sent, ids, content, kept)
+        bound.warnings.extend(warnings)
+        return bound
 
-    def answer(self, bound: Sequence[Bound], answer: TokenRewardsResponse) -> TokenRewardsResponse:
+    def _content(self, ids: Sequence[int]) -> tuple[int, list[str]]:
+        """How many tokens stand before the EOS, or all; and what is strange about special tokens."""
+        start = len(ids)
+        while start and (ids[start - 1] in self.eos_token_ids or ids[start - 1] in self._tokens.special):
+            start -= 1
+        end = next((place for place in range(start, len(ids)) if ids[place] in self.eos_token_ids), len(ids))
+        warnings = []
+        if end == len(ids) and start < len(ids):
+            warnings.append(
+                f"ends_special: the response ends with the special token {ids[-1]}, which is no EOS here, and counts "
+                "as cut; name what ends responses as eos_token_ids"
+            )
+        if any(token in self.eos_token_ids for token in ids[:start]):
+            warnings.append("eos_within: there is text behind an EOS, which was read as if there were none")
+        return end, warnings
+
+    def bind_all(
+        self, samples: Sequence[Sample | Mapping[str, Any]], on_error: str
+    ) -> tuple[list[Bound], dict[int, str]]:
+        """Samples as they are sent, and by their places why some are not, if those are to become errors in the answer.
+
+        Raises:
+            ValueError: As `bind`, unless `on_error` is "item" and some sample is left.
+        """
+        bound: list[Bound] = []
+        refused: dict[int, str] = {}
+        for index, sample in enumerate(samples):
+            try:
+                bound.append(self.bind(sample))
+            except ValueError as error:
+                if on_error != "item" or (index == len(samples) - 1 and not bound):
+                    raise ValueError(f"sample {index}: {error}") from error
+                refused[index] = str(error)
+        return bound, refused
+
+    def answer(
+        self, bound: Sequence[Bound], answer: TokenRewardsResponse, refused: Mapping[int, str]
+    ) -> TokenRewardsResponse:
         """The answer on the policy's tokens, one reward for each.
 
         Raises:
             InvalidAnswer: There are more or fewer.
         """
         data = [self._item(each, item) for each, item in zip(bound, answer.data, strict=True)]
-        return answer.model_copy(update={"data": data})
+        return answer.model_copy(update={"data": _in_places(data, refused, SampleTokenRewards)})
 
     @staticmethod
-    def warned(bound: Sequence[Bound], answer: RewardsResponse) -> RewardsResponse:
+    def warned(bound: Sequence[Bound], answer: RewardsResponse, refused: Mapping[int, str]) -> RewardsResponse:
         """An answer of one reward a sample, with what was noticed on the way to the text."""
         for each, item in zip(bound, answer.data, strict=True):
             item.warnings.extend(each.warnings)
-        return answer
+        return answer.model_copy(update={"data": _in_places(answer.data, refused, SampleReward)})
 
     def is_known(self, answered: str) -> bool:
         """Whether an answer with this fingerprint comes from the model that this is bound to, as far as was seen."""
@@ -150,39 +211,34 @@ class Binding:
                 )
         self._seen.add(answered)
 
-    def _as_ids(self, sent: dict[str, Any], ids: list[int], content: int, *, finished: bool) -> Bound:
-        """The ids, their EOS replaced by closing tokens where it is not how these begin."""
-        ending = ids[content:]
-        if not ending or (finished and ending == self._closing_ids[: len(ending)]):
-            return Bound(Sample.model_validate(sent), len(ids))
-        closing = self._closing_ids if finished else []
-        sent["response_token_ids"] = [*ids[:content], *closing]
-        for name in _PER_TOKEN:
-            if (values := sent.get(name)) is not None:
-                last = values[content] if len(values) == len(ids) else 0
-                rest = [last] * len(closing) if name == "response_mask" else [last, *[0] * len(closing)][: len(closing)]
-                sent[name] = [*values[:content], *rest]
-        return Bound(Sample.model_validate(sent), len(ids), content)
+    def _as_ids(self, sent: dict[str, Any], ids: list[int], content: int, kept: int) -> Bound:
+        """The ids, what begins the closing tokens in their EOS's place."""
+        special = (place for place, token in enumerate(self._closing_ids) if token in self._tokens.special)
+        begins = 1 + next(special, len(self._closing_ids) - 1)  # the server writes the rest
+        sent["response_token_ids"] = [*ids[:content], *(self._closing_ids[:begins] if kept > content else [])]
+        if kept > content and begins > 1:  # the first of them stands for the EOS
+            for name in _PER_TOKEN:
+                if sent.get(name) is not None:
+                    sent[name] = [*sent[name], *[0] * (begins - 1)]
+            sent.setdefault("response_mask", [*[1] * kept, *[0] * (begins - 1)])
+        return Bound(Sample.model_validate(sent), len(ids), kept)
 
-    def _as_text(self, sent: dict[str, Any], ids: list[int], content: int, *, finished: bool) -> Bound:
-        """The text of the ids, closing tokens in the EOS's place, and the span of each id."""
-        text = self.text_of(ids[:content], cut=not finished)
-        end = len(text.text.encode())
-        closing = self._closing_text if finished and content < len(ids) else ""
-        after = end + len(closing.encode())
-        spans = [*text.spans, *[(end if place == 0 else after, after) for place in range(len(ids) - content)]]
-        mask = [1] * len(ids) if sent.get("response_mask") is None else list(sent["response_mask"])
-        special = [place for place in range(content) if ids[place] in self._tokens.special]
-        if len(mask) == len(ids):
-            for place in special:
-                mask[place] = 0
-        del sent["response_token_ids"]
-        sent |= {"response": text.text + closing, "response_spans": spans}
-        if not all(mask):
-            sent["response_mask"] = mask
+    def _as_text(self, sent: dict[str, Any], ids: list[int], content: int, kept: int) -> Bound:
+        """The text of the ids, what begins the closing tokens in the EOS's place, and the span of each id."""
         if sent.get("prompt_token_ids") is not None:
             sent["prompt"] = self._prompt_text(sent.pop("prompt_token_ids"))
-        return Bound(Sample.model_validate(sent), len(ids), warnings=text.warnings)
+            behind = bool(sent["prompt"])
+        else:  # a template writes its own blanks; so does whoever ends a prompt with one
+            behind = bool(sent.get("prompt")) and not sent["prompt"][-1].isspace()
+        text = self.text_of(ids[:content], cut=not sent["finished"], behind=behind)
+        end = len(text.text.encode())
+        closing = self._closing_text if kept > content else ""
+        if text.text[-1:].isspace() and closing[:1].isspace():
+            closing = ""  # the two would be read as one; the server writes them behind the response
+        spans = [*text.spans, *[(end, end + len(closing.encode()))] * (kept - content)]
+        del sent["response_token_ids"]
+        sent |= {"response": text.text + closing, "response_spans": spans}
+        return Bound(Sample.model_validate(sent), len(ids), kept, warnings=text.warnings)
 
     def _prompt_text(self, ids: Sequence[int]) -> str:
         if found := [token for token in ids if token in self._tokens.special][:3]:
@@ -192,16 +248,17 @@ class Binding:
             )
         return self.text_of(ids).text
 
-    def text_of(self, ids: Sequence[int], *, cut: bool = False) -> Text:
+    def text_of(self, ids: Sequence[int], *, cut: bool = False, behind: bool = False) -> Text:
         """The text that ids write, and the place of each in it.
 
         Bytes that are no UTF-8 become U+FFFD, as a tokenizer decodes them, and belong to the token that begins them;
-        the beginning of a character at the end of a response that was cut is left out.
+        the beginning of a character at the end of a response that was cut is left out. With `behind`, other text stands
+        before it, and a blank that the first token begins with is one.
 
         Raises:
             ValueError: An id that the tokenizer does not have, or one that stands for unknown text.
         """
-        pieces = self._tokens.pieces(ids)
+        pieces = self._tokens.pieces(ids, behind=behind)
         raw = b"".join(pieces)
         ends = np.cumsum([0, *map(len, pieces)])
         faults = list(_faults(raw))
@@ -226,15 +283,27 @@ class Binding:
         item.warnings.extend(bound.warnings)
         if item.error is not None:
             return item
-        if bound.content is not None:
-            item.token_rewards = {
-                name: _folded(rewards, bound.content, bound.count) for name, rewards in item.token_rewards.items()
-            }
-            _fold_masks(item, bound.content, bound.count)
-        for name, rewards in item.token_rewards.items():
-            if len(rewards) != bound.count:
-                raise InvalidAnswer(f"item {item.index}: {name} has {len(rewards)} rewards for {bound.count} tokens")
+        item.token_rewards = {name: _on_all(rewards, bound) for name, rewards in item.token_rewards.items()}
+        for name, mask in (item.mask or {}).items():
+            (item.mask or {})[name] = [*mask[: bound.kept], *[0] * (bound.count - bound.kept)]
+        for name, segments in (item.segments or {}).items():
+            (item.segments or {})[name] = _within(segments, bound.kept)
         return item
+
+
+Item = TypeVar("Item", bound=SampleReward)
+
+
+def _in_places(served: Sequence[Item], refused: Mapping[int, str], kind: type[Item]) -> list[Item]:
+    """Items in the order that was asked for, errors in the places of what was not sent."""
+    left = iter(served)
+    data: list[Item] = []
+    for index in range(len(served) + len(refused)):
+        if index in refused:
+            data.append(kind(index=index, error=Error(code="invalid_tokens", message=refused[index])))
+        else:
+            data.append(next(left).model_copy(update={"index": index}))
+    return data
 
 
 def _card(models: ModelList, model: str | Sequence[str] | None) -> ModelCard | None:
@@ -269,18 +338,23 @@ def _spans(ends: NDArray[np.int64]) -> list[tuple[int, int]]:
     return list(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True))
 
 
-def _folded(rewards: NDArray[np.float32], content: int, count: int) -> NDArray[np.float32]:
-    """What closing tokens got goes to the EOS they stand for; further EOS get nothing."""
-    folded = np.zeros(count, dtype=np.float32)
-    folded[:content] = rewards[:content]
-    folded[content] = rewards[content:].sum(dtype=np.float64)
-    return folded
+def _on_all(rewards: NDArray[np.float32], bound: Bound) -> NDArray[np.float32]:
+    """Rewards of what was sent, and none of what was not.
+
+    Raises:
+        InvalidAnswer: There are fewer than were asked for, or some that would be lost.
+    """
+    if len(rewards) < bound.kept or rewards[bound.kept :].any():
+        raise InvalidAnswer(f"{len(rewards)} rewards came back for {bound.kept} tokens")
+    return np.concatenate([rewards[: bound.kept], np.zeros(bound.count - bound.kept, dtype=np.float32)])
 
 
-def _fold_masks(item: SampleTokenRewards, content: int, count: int) -> None:
-    """The same for what else is told of each token."""
-    for name, mask in (item.mask or {}).items():
-        (item.mask or {})[name] = [*mask[:content], *(mask[content:][:1] or [0]), *[0] * (count - content - 1)]
-    for segments in (item.segments or {}).values():
-        for segment in segments:
-            segment.start, segment.end = (min(place, content + 1) for place in (segment.start, segment.end))
+def _within(segments: Sequence[Segment], kept: int) -> list[Segment]:
+    """Segments of what was sent; one of further closing tokens joins that before it."""
+    within: list[Segment] = []
+    for segment in segments:
+        if within and segment.start >= kept:
+            within[-1].score += segment.score
+        else:
+            within.append(segment.model_copy(update={"end": min(segment.end, kept)}))
+    return within

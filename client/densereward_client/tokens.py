@@ -74,31 +74,38 @@ class TokenBytes:
         parts = _parts(definition.get("decoder"))
         kinds = [part["type"] for part in parts]
         self._spell: Callable[[str, bool], bytes]
-        self._strips_first = False
+        self._reads_bytes = False
+        self._strips_first = self._first_bare = False
         self._cleans_up = False
-        if "ByteLevel" in kinds:
+        if kinds == ["ByteLevel"]:
             self._spell = self._byte_level
-        elif "WordPiece" in kinds:
+        elif kinds == ["WordPiece"]:
             self._spell = self._word_piece
             unknown = vocabulary.get(self._unknown)  # some word, and not nothing
             self.special -= {unknown}
             self._written.pop(unknown, None)
             (decoder,) = (part for part in parts if part["type"] == "WordPiece")
             self._prefix, self._cleans_up = decoder["prefix"], decoder["cleanup"]
-        elif "Metaspace" in kinds or any(_replaces_blanks(part) for part in parts):
+        elif kinds and all(_is_sentencepiece(part) for part in parts):
             self._spell = self._blanks
             self._strips_first = any(_strips_blank(part) for part in parts)
+            self._first_bare = any(_bares_first(part) for part in parts)
+            self._reads_bytes = "ByteFallback" in kinds
         else:
             raise ValueError(f"{type(tokenizer).__name__} decodes by {kinds or 'nothing'}, which is not known here")
 
-    def pieces(self, ids: Sequence[int]) -> list[bytes]:
-        """What each token writes, in a text that begins with the first of them; nothing for special tokens.
+    def pieces(self, ids: Sequence[int], *, behind: bool = False) -> list[bytes]:
+        """What each token writes, nothing for special tokens; the first of a text is written otherwise by some.
+
+        Args:
+            ids: The tokens.
+            behind: Whether they stand behind other text.
 
         Raises:
             ValueError: An id that the tokenizer does not have, or a token that stands for unknown text.
         """
         pieces: list[bytes] = []
-        begun = False
+        begun = behind
         for token in ids:
             piece = b"" if token in self.special else self._piece(token, first=not begun)
             begun = begun or token not in self.special
@@ -118,9 +125,9 @@ class TokenBytes:
         return bytes(self._alphabet[character] for character in token)
 
     def _blanks(self, token: str, first: bool) -> bytes:
-        if (match := _BYTE.fullmatch(token)) is not None:
+        if self._reads_bytes and (match := _BYTE.fullmatch(token)) is not None:
             return bytes([int(match[1], 16)])
-        text = token.replace("▁", " ")
+        text = token.replace("▁", "" if first and self._first_bare else " ")
         return text.removeprefix(" ").encode() if first and self._strips_first else text.encode()
 
     def _word_piece(self, token: str, first: bool) -> bytes:
@@ -140,11 +147,21 @@ def _parts(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     return list(decoder["decoders"]) if decoder["type"] == "Sequence" else [decoder]
 
 
+def _is_sentencepiece(part: dict[str, Any]) -> bool:
+    """Whether a step is one that SentencePiece's tokens are decoded by, as it is known here."""
+    strips = part["type"] == "Strip" and part["content"] == " " and (part["start"], part["stop"]) in ((1, 0), (0, 0))
+    return strips or _replaces_blanks(part) or part["type"] in ("Metaspace", "ByteFallback", "Fuse")
+
+
 def _replaces_blanks(part: dict[str, Any]) -> bool:
     return bool(part["type"] == "Replace" and part["pattern"] == {"String": "▁"} and part["content"] == " ")
 
 
 def _strips_blank(part: dict[str, Any]) -> bool:
     """Whether a text loses the blank that it begins with."""
-    strips = part["type"] == "Strip" and part["content"] == " " and part["start"] > 0
-    return bool(strips) or (part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never")
+    return bool(part["type"] == "Strip" and part["start"] > 0)
+
+
+def _bares_first(part: dict[str, Any]) -> bool:
+    """Whether the first token of a text loses all its blanks."""
+    return bool(part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never")

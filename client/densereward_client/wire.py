@@ -381,7 +381,10 @@ class ModelCard(_Answer):
     dtype: str
     max_length: int
     closing_token_ids: list[int]
-    closing_text: str | None = Field(None, description="What they are read from; null where no text is read as these.")
+    closing_text: str | None = Field(
+        None,
+        description="What begins them, up to a special token; a policy's EOS stands for it. Null: no text is read so.",
+    )
     adds_bos: bool
     step_cut: str | None = Field(None, description="What ends a step in a response, where the model judges steps.")
     step_separator: str | None = Field(

@@ -118,6 +118,9 @@ class Aligner:
         if reads_pairs:
             self._between, self.closing_ids = self._pair(tokenizer)
             self._ending = self.closing_ids
+        # A blank or a line break that closing tokens begin with is nothing but text until a special token follows.
+        special = (i for i, token in enumerate(self.closing_ids) if self.vocabulary.is_added(token))
+        self._least_closing = 1 + next(special, len(self.closing_ids) - 1)
         blank = self.vocabulary.encode(" ").ids
         self._blank_id = blank[0] if len(blank) == 1 else None
         if outside := [token for token in self.closing_ids if token >= vocabulary_size]:
@@ -163,9 +166,10 @@ class Aligner:
 
     @property
     def closing_text(self) -> str | None:
-        """What the closing tokens are read from; None where no text is read as these."""
-        text = self.vocabulary.bytes_of(self.closing_ids).decode(errors="replace")
-        return text if self.vocabulary.ids_behind(text) == self.closing_ids else None
+        """What begins them, up to a special token; None where no text is read so."""
+        beginning = self.closing_ids[: self._least_closing]
+        text = self.vocabulary.bytes_of(beginning).decode(errors="replace")
+        return text if self.vocabulary.ids_behind(text) == beginning else None
 
     @property
     def _prefix_ids(self) -> list[int]:
@@ -201,7 +205,8 @@ class Aligner:
         return Aligned(sequence, slots, response, text.spans, text.warnings, dropped=dropped)
 
     def _sequence(self, sample: Sample, text: _Text, needs: frozenset[Need]) -> ScoringInput:
-        closing = missing_closing(text.response_ids, self.closing_ids if sample.finished else self._ending)
+        ending = self.closing_ids if sample.finished else self._ending
+        closing = missing_closing(text.response_ids, ending, self._least_closing)
         token_ids = [*text.prompt_ids, *text.response_ids, *closing]
         self._check_vocabulary(token_ids)
         return ScoringInput(
@@ -214,6 +219,7 @@ class Aligner:
             steps=[len(text.prompt_ids) + stop - 1 for stop in text.steps],
             gate=self._gate_in(text.prompt_ids),
             ending=self._ending,
+            least_closing=self._least_closing,
         )
 
     def _gate_in(self, prompt_ids: list[int]) -> int:

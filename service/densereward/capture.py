@@ -167,6 +167,7 @@ class ScoringInput:
     the numbers of tokens that `boundaries` lists, in order, the whole response among them. `steps` are the positions
     at which a model that judges steps, or single tokens, is read; `gate` is where one that weighs objectives by the
     prompt reads that. `ending` is what is written behind a response that is not closed, since the score is read there.
+    `least_closing` closing tokens and more at a response's end are taken for these; fewer are text like any other.
     """
 
     token_ids: Sequence[int]
@@ -179,6 +180,7 @@ class ScoringInput:
     steps: Sequence[int] = ()
     gate: int = 0
     ending: Sequence[int] = ()
+    least_closing: int = 1
 
     @property
     def response_stop(self) -> int:
@@ -216,7 +218,7 @@ class ScoringInput:
 
     def with_response(self, ids: Sequence[int], *, finished: bool) -> ScoringInput:
         """Another response to the same prompt, of which only the score is needed."""
-        closing = missing_closing(ids, self.closing_ids if finished else self.ending)
+        closing = missing_closing(ids, self.closing_ids if finished else self.ending, self.least_closing)
         token_ids = [*self.token_ids[: self.prompt_length], *ids, *closing]
         return ScoringInput(token_ids, self.prompt_length, len(ids), len(token_ids) - 1, gate=self.gate)
 
@@ -226,9 +228,9 @@ class ScoringInput:
         return self.token_ids[self.prompt_length : self.response_stop]
 
 
-def missing_closing(response_ids: Sequence[int], closing_ids: Sequence[int]) -> Sequence[int]:
-    """The closing tokens that a response does not already end with."""
-    for written in range(min(len(closing_ids), len(response_ids)), 0, -1):
+def missing_closing(response_ids: Sequence[int], closing_ids: Sequence[int], least: int = 1) -> Sequence[int]:
+    """The closing tokens that a response does not already end with; fewer than `least` of them do not count."""
+    for written in range(min(len(closing_ids), len(response_ids)), max(least, 1) - 1, -1):
         if list(response_ids[-written:]) == list(closing_ids[:written]):
             return closing_ids[written:]
     return closing_ids

@@ -121,7 +121,7 @@ def test_an_eos_that_is_not_how_closing_tokens_begin_stands_for_them_all(client:
     ids = ids_of(POLICIES["tiny"], "Thank you", eos=False)
     other_eos = 0  # a BOS, which this policy ends with
     [card] = [card for card in client.models().data if card.id == "closed"]
-    closed = [*ids, *card.closing_token_ids]
+    closed = [*ids, card.closing_token_ids[0]]
     direct = client.token_rewards(
         [{"messages": MESSAGES, "response_token_ids": closed}], methods=METHODS, model="closed"
     ).data[0]
@@ -130,8 +130,7 @@ def test_an_eos_that_is_not_how_closing_tokens_begin_stands_for_them_all(client:
     item = bound.token_rewards([sample], methods=METHODS).data[0]
     assert item.reward == pytest.approx(direct.reward, abs=1e-6)
     for name, rewards in direct.token_rewards.items():
-        expected = [*rewards[: len(ids)], rewards[len(ids) :].sum(), 0]
-        np.testing.assert_allclose(item.token_rewards[name], expected, atol=1e-6)
+        np.testing.assert_allclose(item.token_rewards[name], [*rewards, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("policy", ["tiny", "qwen"])
@@ -275,10 +274,88 @@ def test_rewards_of_sequences_are_those_of_their_tokens(client: Client) -> None:
 
 def test_bad_samples_keep_their_places(client: Client) -> None:
     tokenizer = POLICIES["qwen"]
-    good = {"messages": MESSAGES, "response_token_ids": ids_of(tokenizer, "Thank you")}
-    bad = good | {"response_token_ids": ids_of(tokenizer, "Thank you " * 2000)}
-    answer = client.bind(tokenizer, model="closed").token_rewards([good, bad, good], on_error="item")
-    assert [item.error is None for item in answer.data] == [True, False, True]
+    good = {"messages": MESSAGES, "response_token_ids": ids_of(tokenizer, "Thank you"), "id": "good"}
+    long = good | {"response_token_ids": ids_of(tokenizer, "Thank you " * 2000), "id": "long"}
+    lost = good | {"response_token_ids": [10**7], "id": "lost"}
+    bound = client.bind(tokenizer, model="closed")
+    for ask in (bound.token_rewards, bound.rewards):
+        data = ask([lost, good, long, good], on_error="item").data
+        assert [item.index for item in data] == [0, 1, 2, 3]
+        assert [item.error and item.error.code for item in data] == ["invalid_tokens", None, "too_long", None]
+    with pytest.raises(ValueError, match="sample 1: the tokenizer has no token 10000000"):
+        bound.token_rewards([good, lost])
+    with pytest.raises(ValueError, match="sample 0: the tokenizer has no token"):
+        bound.token_rewards([lost], on_error="item")
+
+
+@pytest.mark.parametrize("name", ["response_mask", "weights", "token_entropies"])
+def test_lists_of_another_length_than_the_ids_are_refused(name: str, models: ModelList) -> None:
+    ids = ids_of(POLICIES["tiny"], "Thank you")
+    for policy in (bindings("tiny", models), bindings("qwen", models)):
+        for length in (len(ids) - 1, len(ids) + 1):
+            with pytest.raises(ValueError, match=f"{name} has {length} entries for {len(ids)} response_token_ids"):
+                policy.bind({"prompt": "a", "response_token_ids": ids, name: [1] * length})
+
+
+@pytest.mark.parametrize("model", ["closed", "bare"])
+@pytest.mark.parametrize("policy", ["tiny", "tiny sentencepiece", "qwen"])
+def test_what_follows_the_first_eos_gets_nothing_and_changes_nothing(policy: str, model: str, client: Client) -> None:
+    ids = ids_of(POLICIES[policy], "Thank you")
+    padding = min(Binding(POLICIES[policy], client.models(), model)._tokens.special - {ids[-1]}, default=ids[-1])
+    bound = client.bind(POLICIES[policy], model=model)
+    plain = bound.token_rewards([{"prompt": "How?", "response_token_ids": ids}], methods=METHODS).data[0]
+    for behind in ([ids[-1]] * 3, [padding] * 2, [ids[-1], padding]):
+        sample = {"prompt": "How?", "response_token_ids": [*ids, *behind]}
+        item = bound.token_rewards([sample], methods=METHODS).data[0]
+        assert item.reward == pytest.approx(plain.reward, abs=1e-6)
+        for name, rewards in plain.token_rewards.items():
+            np.testing.assert_allclose(item.token_rewards[name], [*rewards, *[0] * len(behind)], atol=2e-6)
+
+
+def test_both_ways_put_the_reward_on_the_same_token(client: Client, models: ModelList) -> None:
+    """Tiny's ids are sent as they are to `closed`; as another policy's, they would be sent as text."""
+    tokenizer = POLICIES["tiny"]
+    ids = ids_of(tokenizer, "Thank you")
+    as_ids, as_text = Binding(tokenizer, models, "closed"), Binding(tokenizer, models, "closed")
+    as_text.same_tokens = False
+    answers = [
+        BoundClient(client, binding)
+        .token_rewards([{"messages": MESSAGES, "response_token_ids": [*ids, ids[-1]]}], methods=METHODS)
+        .data[0]
+        for binding in (as_ids, as_text)
+    ]
+    for name, rewards in answers[0].token_rewards.items():
+        np.testing.assert_allclose(answers[1].token_rewards[name], rewards, atol=2e-6)
+
+
+def test_special_tokens_at_the_end_that_are_no_eos_are_named(client: Client) -> None:
+    ids = ids_of(POLICIES["qwen"], "Thank you", eos=False)
+    start = POLICIES["qwen"].convert_tokens_to_ids("<|im_start|>")
+    eos = POLICIES["qwen"].eos_token_id
+    bound = client.bind(POLICIES["qwen"], model="closed")
+    ends, within = (
+        bound.token_rewards([{"messages": MESSAGES, "response_token_ids": each}], methods=["red"]).data[0].warnings
+        for each in ([*ids, start], [*ids, eos, *ids])
+    )
+    assert any(warning.startswith("ends_special") for warning in ends)
+    assert any(warning.startswith("eos_within") for warning in within)
+
+
+@pytest.mark.parametrize("policy", ["llama", "tiny sentencepiece"])
+def test_a_response_behind_a_plain_prompt_keeps_the_blank_it_begins_with(policy: str, client: Client) -> None:
+    tokenizer = POLICIES[policy]
+    whole = ids_of(tokenizer, "How was it? Thank you", eos=False)
+    prompt = ids_of(tokenizer, "How was it?", eos=False)
+    assert whole[: len(prompt)] == prompt
+    bound = client.bind(tokenizer, model="closed")
+    direct = client.token_rewards(
+        [{"prompt": "How was it?", "response": " Thank you", "finished": False}], methods=["red"], model="closed"
+    ).data[0]
+    for asked in ({"prompt": "How was it?"}, {"prompt_token_ids": prompt}):
+        sample: Json = asked | {"response_token_ids": whole[len(prompt) :]}
+        assert bound.token_rewards([sample], methods=["red"]).data[0].reward == pytest.approx(direct.reward, abs=1e-6)
+    dialogue = {"messages": MESSAGES, "response_token_ids": whole[len(prompt) :]}
+    assert bound.binding.bind(dialogue).sample.response == "Thank you"
 
 
 async def test_the_asynchronous_client_gives_the_same(server: Server, client: Client) -> None:

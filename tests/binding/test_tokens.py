@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 
 import families
@@ -86,6 +86,26 @@ def test_what_cannot_be_known_is_said() -> None:
         TOKENS["tiny"].pieces([100000])
     with pytest.raises(ValueError, match="a word that the tokenizer does not know"):
         TOKENS["bert"].pieces([100])
+    for steps in (
+        [decoders.Replace("x", " "), decoders.Replace("▁", " ")],
+        [decoders.Replace("▁", " "), decoders.Strip(" ", 2, 0)],
+        [decoders.ByteLevel(), decoders.Strip(" ", 1, 0)],
+    ):
+        backend = Tokenizer(models.BPE({"a": 0}, []))
+        backend.decoder = decoders.Sequence(steps)
+        with pytest.raises(ValueError, match="which is not known here"):
+            TokenBytes(SimpleNamespace(backend_tokenizer=backend, eos_token_id=None))
     plain = SimpleNamespace(backend_tokenizer=Tokenizer(models.BPE({"a": 0}, [])), eos_token_id=None)
     with pytest.raises(ValueError, match="decodes by nothing, which is not known here"):
         TokenBytes(plain)
+
+
+@pytest.mark.parametrize("scheme", ["always", "never"])
+@pytest.mark.parametrize("words", [["▁a", "▁a"], ["▁▁", "a", "▁▁"], ["a"]])
+def test_metaspace_is_read_as_it_decodes(scheme: str, words: list[str]) -> None:
+    vocabulary = {word: place for place, word in enumerate(["a", "▁a", "▁▁", "<unk>"])}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    tokens = TokenBytes(SimpleNamespace(backend_tokenizer=backend, eos_token_id=None))
+    ids = [vocabulary[word] for word in words]
+    assert b"".join(tokens.pieces(ids)).decode() == backend.decode(ids)

@@ -99,7 +99,7 @@ def test_models_tells_what_is_served_and_how_it_reads_text(server: Server) -> No
         "dtype": "float32",
         "max_length": 2048,
         "closing_token_ids": [2, 201],
-        "closing_text": "<|im_end|>\n",
+        "closing_text": "<|im_end|>",
         "adds_bos": False,
         "step_cut": None,
         "step_separator": None,

@@ -80,7 +80,7 @@ def _blocks(sequence: ScoringInput) -> tuple[Int64[np.ndarray, " M"], list[int]]
     ids: list[int] = []
     reads = []
     for block, t in enumerate(sequence.closed_prefixes):
-        missing = missing_closing(response[max(t - size, 0) : t], closing)
+        missing = missing_closing(response[max(t - size, 0) : t], closing, sequence.least_closing)
         ids += [*missing, *closing[: size - len(missing)]]
         if missing:
             reads.append(len(sequence.token_ids) + block * size + len(missing) - 1)
