@@ -69,6 +69,7 @@ class Binding:
 
     Attributes:
         same_tokens: Whether ids are sent as they are.
+        eos_token_ids: What ends the policy's responses.
 
     Raises:
         ValueError: There is no such model, or the tokenizer spells in a way that is not known.
@@ -85,7 +86,7 @@ class Binding:
         self.model = model
         self._card = _card(models, model)
         default = [] if self._tokens.eos_id is None else [self._tokens.eos_id]
-        self._eos = frozenset(default if eos_token_ids is None else eos_token_ids)
+        self.eos_token_ids = frozenset(default if eos_token_ids is None else eos_token_ids)
         card = self._card
         self.same_tokens = card is not None and card.tokenizer_fingerprint == self._tokens.fingerprint
         self._closing_ids = list(card.closing_token_ids) if card is not None else []
@@ -106,7 +107,7 @@ class Binding:
             raise ValueError("give the response as response_token_ids, the policy's own: rewards come back on these")
         ids = list(given.response_token_ids)
         content = len(ids)
-        while content and ids[content - 1] in self._eos:
+        while content and ids[content - 1] in self.eos_token_ids:
             content -= 1
         finished = given.finished if "finished" in given.model_fields_set else content < len(ids)
         sent = {name: getattr(given, name) for name in given.model_fields_set} | {"finished": finished}
