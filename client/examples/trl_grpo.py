@@ -7,6 +7,7 @@ worth having, and shows in a minute on a CPU that everything fits.
 import argparse
 from typing import Any
 
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -78,6 +79,8 @@ def main() -> None:
                 max_completion_length=32,
                 logging_steps=1,
                 save_strategy="no",
+                use_cpu=not torch.cuda.is_available(),
+                bf16=torch.cuda.is_available(),
                 report_to="none",
             ),
             train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": each}]} for each in QUESTIONS]),

@@ -8,6 +8,7 @@ import argparse
 import copy
 from typing import Any
 
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -65,7 +66,9 @@ def main() -> None:
         value_model = AutoModelForSequenceClassification.from_pretrained(options.policy, num_labels=1)
     else:
         model, tokenizer = tiny_policy()
-        value_model = AutoModelForSequenceClassification.from_config(model.config, num_labels=1)
+        config = copy.deepcopy(model.config)
+        config.num_labels = 1
+        value_model = AutoModelForSequenceClassification.from_config(config)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -85,11 +88,13 @@ def main() -> None:
                 per_device_train_batch_size=4,
                 num_mini_batches=1,
                 response_length=32,
-                stop_token="eos",  # noqa: S106  (no password)
+                stop_token="eos",
                 missing_eos_penalty=1.0,
                 num_sample_generations=0,
                 logging_steps=1,
                 save_strategy="no",
+                use_cpu=not torch.cuda.is_available(),
+                bf16=torch.cuda.is_available(),
                 report_to="none",
             ),
             processing_class=tokenizer,

@@ -86,20 +86,42 @@ def of_groups(prompts: list[Any], rewards: list[float]) -> np.ndarray[Any, Any]:
     return advantages
 
 
+def check(batches: list[Json], client: Client) -> None:
+    """What the loss was given for the rows of one generation is what the server says, by the formula."""
+    rows = [row for batch in batches for row in completions(batch)]
+    prompts = [prompt for batch in batches for prompt in prompts_of(batch, DIALOGUES)]
+    given = [row for batch in batches for row in batch["advantages"]]
+    answers = [asked(client, prompt, ids, "red") for prompt, ids in zip(prompts, rows, strict=True)]
+    sequence = of_groups(prompts, [reward for reward, _ in answers])
+    for advantages, each, (_, rewards) in zip(given, sequence, answers, strict=True):
+        np.testing.assert_allclose(advantages[: len(rewards)], each + rewards - rewards.mean(), atol=TOLERANCE)
+        assert not any(advantages[len(rewards) :])
+
+
 def test_each_token_has_its_completions_advantage_and_the_servers_reward(train: Train, client: Client) -> None:
     seen = train("trl_grpo", **job(config={"num_iterations": 2, "max_steps": 8}))
     assert (seen["errors"], seen["finite"], seen["names"]) == ([], True, ["densereward_red"])
     assert len(seen["losses"]) == 8
     for first, second, *again in together(seen["losses"], 4):
         assert again == [first, second]
-        rows = [row for batch in (first, second) for row in completions(batch)]
-        prompts = [prompt for batch in (first, second) for prompt in prompts_of(batch, DIALOGUES)]
-        given = [row for batch in (first, second) for row in batch["advantages"]]
-        answers = [asked(client, prompt, ids, "red") for prompt, ids in zip(prompts, rows, strict=True)]
-        sequence = of_groups(prompts, [reward for reward, _ in answers])
-        for advantages, each, (_, rewards) in zip(given, sequence, answers, strict=True):
-            np.testing.assert_allclose(advantages[: len(rewards)], each + rewards - rewards.mean(), atol=TOLERANCE)
-            assert not any(advantages[len(rewards) :])
+        check([first, second], client)
+
+
+def test_a_group_that_is_spread_over_processes_keeps_its_rows(train: Train, client: Client) -> None:
+    config = {"per_device_train_batch_size": 2, "steps_per_generation": 1, "max_steps": 2}
+    seen = train("trl_grpo", processes=2, **job(config=config))["processes"]
+    assert [each["errors"] for each in seen] == [[], []]
+    for batches in zip(*(each["losses"] for each in seen), strict=True):
+        check(list(batches), client)
+
+
+def test_every_loss_that_is_not_refused_takes_advantages_of_tokens(train: Train, client: Client) -> None:
+    losses = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo")
+    config = {"steps_per_generation": 1, "max_steps": 1}
+    seen = train("trl_grpo", **job(changes=[{"loss_type": each} for each in losses], config=config))
+    assert (seen["errors"], seen["finite"], len(seen["losses"])) == ([], True, len(losses))
+    for loss in seen["losses"]:
+        check([loss], client)
 
 
 def test_several_reward_functions_are_weighted_and_cut_completions_left_out(train: Train, client: Client) -> None:
