@@ -104,6 +104,22 @@ def test_responses_that_end_anywhere_are_rewarded_up_to_their_end(pad: str, trai
         assert not added[3, 1:].any()
 
 
+def test_a_stop_token_of_ones_own_ends_a_response_as_well(train: Train, client: Client) -> None:
+    tokenizer = policies.make_tokenizer("<s>")
+    ids = tokenizer("Thank you. That was it", add_special_tokens=False).input_ids[:12]
+    stop = tokenizer.convert_tokens_to_ids(".")
+    said = ids[: ids.index(stop) + 1]
+    config = {"stop_token": None, "stop_token_id": stop}
+    seen = train("trl_ppo", **job(pad="<s>", prompts=DIALOGUES[:1] * 8, responses=[ids], config=config))
+    sample = {"messages": DIALOGUES[0], "response_token_ids": said, "finished": True}
+    (item,) = client.bind(tokenizer).token_rewards([sample], methods=["red"]).data
+    for update in seen["updates"]:
+        added = np.array(update["rewards"]) - np.array(update["non_score_reward"])
+        np.testing.assert_allclose(added[:, : len(said)], [item.token_rewards["red"]] * 4, atol=TOLERANCE)
+        assert not added[:, len(said) :].any()
+    assert (seen["errors"], len(seen["updates"])) == ([], 2)
+
+
 def test_a_server_that_is_gone_ends_the_training(train: Train, tiny_llama: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "log", "--device", "cpu", "--model", str(tiny_llama)) as short_lived:
         seen = train("trl_ppo", **job() | {"url": short_lived.url, "server": short_lived.process.pid})

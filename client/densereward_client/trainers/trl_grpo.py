@@ -31,9 +31,10 @@ class DenseGRPOTrainer(GRPOTrainer):
 
     The rewards r are those of its `TokenReward`s, weighted by `reward_weights`; other reward functions count for A
     alone. The mean goes over the tokens that the loss counts, so alpha moves credit within a completion and never
-    adds any. Tokens of tools (`tool_mask`) get nothing, and a completion that `mask_truncated_completions` leaves out
-    is left out. Token rewards are on the reward model's scale while A is divided by the group's standard deviation:
-    choose alpha for it, or ask for `{"name": "red", "normalize": "running"}`.
+    adds any. Tokens of tools (`tool_mask`) get nothing, though the reward model reads them; a completion that
+    `mask_truncated_completions` leaves out is left out. Token rewards are on the reward model's scale while A is
+    divided by the group's standard deviation: choose alpha for it, or ask for
+    `{"name": "red", "normalize": "running"}`.
 
     Args:
         args: As `GRPOTrainer` takes them.

@@ -126,7 +126,8 @@ class DensePPOTrainer(PPOTrainer):
 
     Token t of a response gets its reward in column t. TRL's own reward goes to one place at the end, and there only
     what `missing_eos_penalty` takes from it is left. What a method's sum leaves out (`baseline`; for `red` the score
-    of the prompt) is the same for every response to a prompt and is left out here. Logged scores are the model's.
+    of the prompt, which is the same for each of its responses) is left out here too; `{"name": "red", "first_token":
+    "fold"}` keeps it. Logged scores are the model's.
 
     Give the data set a column `prompt`, text or messages, beside `input_ids`: it is what the reward model reads.
     Without one, prompts are sent as the policy's ids.
