@@ -12,7 +12,8 @@ TRAINERS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/densereward/trainers
 REQUIREMENTS := tests/trainers/requirements
 TRAINER_ENVIRONMENTS := $(patsubst $(REQUIREMENTS)/%.txt,$(TRAINERS)/%/.installed,$(wildcard $(REQUIREMENTS)/*.txt))
 
-.PHONY: help setup demo serve test test-slow test-trainers lint format benchmark benchmark-gpu evaluate compare study docs clean
+.PHONY: help setup demo serve test test-slow test-trainers lint format benchmark benchmark-gpu evaluate compare study \
+	docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -47,7 +48,7 @@ test: lint ## lint, then the tests that take minutes
 test-slow: setup ## the tests that take longer
 	$(BIN)/pytest -m "slow and not gpu"
 
-test-trainers: setup $(TRAINER_ENVIRONMENTS) ## the adapters in real RL trainers (6 minutes, and several GB once)
+test-trainers: setup $(TRAINER_ENVIRONMENTS) ## the adapters in real RL trainers (7 minutes; 3 GB once)
 	TRAINERS="$(TRAINERS)" $(BIN)/pytest -m trainers
 
 $(TRAINERS)/%/.installed: $(REQUIREMENTS)/%.txt Makefile

@@ -39,7 +39,7 @@ def run(trainer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("client", "tests/support"))
     return subprocess.run(
         [str(python), *arguments],
-        env=environment(PYTHONPATH=paths, TRL_EXPERIMENTAL_SILENCE="1", CUDA_VISIBLE_DEVICES=""),
+        env=environment(PYTHONPATH=paths, TRL_EXPERIMENTAL_SILENCE="1", NO_PROXY="127.0.0.1", CUDA_VISIBLE_DEVICES=""),
         capture_output=True,
         text=True,
         timeout=SECONDS,
