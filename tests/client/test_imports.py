@@ -39,6 +39,10 @@ def test_the_client_imports_nothing_but_what_it_declares() -> None:
     assert roots - sys.stdlib_module_names == DECLARED
 
 
+def test_the_package_of_trainers_imports_none_of_them() -> None:
+    assert imports_of(Path(densereward_client.__file__).parent / "trainers" / "__init__.py") == set()
+
+
 def imports_of(file: Path) -> set[str]:
     """What the top level of a file imports from other packages; under TYPE_CHECKING nothing is imported."""
     found = set()
@@ -52,7 +56,7 @@ def imports_of(file: Path) -> set[str]:
 
 def test_all_names_exactly_what_is_public() -> None:
     names = densereward_client.__all__
-    modules = {"binding", "tensors", "tokens", "wire"}
+    modules = {"binding", "tensors", "tokens", "trainers", "wire"}
     public = {name for name in vars(densereward_client) if not name.startswith("_")}
     assert len(set(names)) == len(names)
     assert public - modules == set(names)
