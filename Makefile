@@ -38,7 +38,7 @@ lint: setup ## formatting, lint, types, import rules
 	PYTHONPATH=service:client $(BIN)/lint-imports
 
 test: lint ## lint, then the tests that take minutes
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu and not trainers"
 
 test-slow: setup ## the tests that take longer
 	$(BIN)/pytest -m "slow and not gpu"
