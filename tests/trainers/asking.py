@@ -1,44 +1,25 @@
-"""Trainers in environments of their own, each told by a variable that names its interpreter.
-
-A trainer's side of a test is a program beside it: it gets JSON, and answers with JSON in its last line.
-"""
+"""What the tests of trainers share that take ids they choose: a program in the trainer's environment, asked once."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from serving import Json, environment
+from serving import Json
+from tests.trainers.conftest import run
 
 HERE = Path(__file__).parent
 
 
-def python_of(trainer: str) -> str:
-    """A trainer's interpreter; the test is skipped where there is none."""
-    python = os.environ.get(f"{trainer.upper()}_PYTHON")
-    if not python:
-        pytest.skip(f"{trainer.upper()}_PYTHON names no interpreter that has {trainer}")
-    return python
-
-
-def ask(trainer: str, request: Json, seconds: float = 300.0) -> Json:
-    """Run a trainer's program in its environment."""
-    ended = subprocess.run(
-        [python_of(trainer), str(HERE / f"{trainer}_program.py"), json.dumps(request)],
-        env=environment(PYTHONPATH=str(HERE.parents[1] / "client"), NO_PROXY="127.0.0.1"),
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
+def ask(trainer: str, folder: Path, job: Json) -> Json:
+    """Run `run_TRAINER.py` with a job, and return what it saw."""
+    output = folder / "seen.json"
+    (folder / "job.json").write_text(json.dumps(job | {"output": str(output)}))
+    ended = run(trainer, str(HERE / f"run_{trainer}.py"), str(folder / "job.json"))
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
-    answer: Json = json.loads(ended.stdout.splitlines()[-1])
-    return answer
+    seen: Json = json.loads(output.read_text())
+    return seen
 
 
 def ids_of(tokenizer: Any, text: str, *, ended: bool = True) -> list[int]:

@@ -1,59 +1,28 @@
-"""A reward model, a policy with other tokens, and servers for the trainers."""
+"""A server with a small reward model, and trainers that run in environments of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import tiny
 from densereward_client import Client
-from serving import Server, serving
+from serving import Json, Server, environment, serving
 
-HERE = Path(__file__).parent
-TURNS = "{% for turn in messages %}{{ turn['content'] }}\n{% endfor %}"
+ROOT = Path(__file__).parents[2]
+SECONDS = 300.0  # a loaded machine is slow to import a trainer
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.trainers)
+Train = Callable[..., Json]
 
 
 @pytest.fixture(scope="session")
-def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With byte-level tokens, closed by a template."""
-    return tiny.save(tmp_path_factory.mktemp("reward-model"))
-
-
-@pytest.fixture(scope="session")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer in Llama 2's way, with a template without special tokens."""
-    folder = tmp_path_factory.mktemp("policy")
-    tokenizer = tiny.make_sentencepiece_style_tokenizer()
-    tokenizer.chat_template = TURNS
-    tokenizer.pad_token = "<unk>"
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tokenizer(policy: Path) -> Any:
-    return tiny.PreTrainedTokenizerFast.from_pretrained(policy)
-
-
-@pytest.fixture(scope="session")
-def server(reward_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server") / "log", "--device", "cpu", "--model", str(reward_model)) as up:
-        yield up
-
-
-@pytest.fixture
-def doomed(reward_model: Path, tmp_path: Path) -> Iterator[Server]:
-    """A server for a test that ends it."""
-    with serving(tmp_path / "log", "--device", "cpu", "--model", str(reward_model)) as up:
+def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("trainers") / "log", "--device", "cpu", "--model", str(tiny_llama)) as up:
         yield up
 
 
@@ -61,3 +30,34 @@ def doomed(reward_model: Path, tmp_path: Path) -> Iterator[Server]:
 def client(server: Server) -> Iterator[Client]:
     with Client(server.url, trust_env=False) as client:
         yield client
+
+
+def run(trainer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, in a trainer's environment."""
+    python = Path(os.environ.get("TRAINERS", ".trainers")).expanduser() / trainer / "bin" / "python"
+    assert python.exists(), f"there is no {python}; `make test-trainers` installs it"
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("client", "tests/support"))
+    return subprocess.run(
+        [str(python), *arguments],
+        env=environment(PYTHONPATH=paths, TRL_EXPERIMENTAL_SILENCE="1", CUDA_VISIBLE_DEVICES=""),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+@pytest.fixture
+def train(server: Server, tmp_path: Path) -> Train:
+    """Runs `run_TRAINER.py` in the trainer's environment with a job, and returns what it saw."""
+
+    def train(trainer: str, /, **job: Any) -> Json:
+        output = tmp_path / "seen.json"
+        told = {"url": server.url, "output": str(output), "folder": str(tmp_path / "run")} | job
+        (tmp_path / "job.json").write_text(json.dumps(told))
+        ended = run(trainer, str(Path(__file__).parent / f"run_{trainer}.py"), str(tmp_path / "job.json"))
+        assert ended.returncode == 0, ended.stderr[-4000:]
+        seen: Json = json.loads(output.read_text())
+        return seen
+
+    return train

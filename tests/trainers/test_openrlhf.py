@@ -9,9 +9,12 @@ import httpx
 import numpy as np
 import pytest
 
+import policies
 from densereward_client import Client
-from serving import Json, Server
-from tests.trainers.asking import ask, ids_of, python_of
+from serving import Json, Server, serving
+from tests.trainers.asking import ask, ids_of
+
+pytestmark = pytest.mark.trainers
 
 DIALOGUE = [{"role": "user", "content": "How was the evening?"}]
 METHOD = {"name": "red", "label": "r"}
@@ -45,15 +48,15 @@ def direct(client: Client, tokenizer: Any, cases: list[Json]) -> list[Any]:
     return items
 
 
-@pytest.fixture(scope="module", autouse=True)
-def trainer() -> str:
-    return python_of("openrlhf")
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return policies.make_tokenizer(pad="<unk>")
 
 
 @pytest.fixture(scope="module")
-def made(trainer: str, server: Server, policy: Path, tokenizer: Any) -> Json:
-    request = {"do": "rollouts", "url": server.url, "policy": str(policy), "method": METHOD, "alpha": ALPHA}
-    return ask("openrlhf", request | {"cases": cases_of(tokenizer)})
+def made(server: Server, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Json:
+    job = {"do": "rollouts", "url": server.url, "method": METHOD, "alpha": ALPHA, "cases": cases_of(tokenizer)}
+    return ask("openrlhf", tmp_path_factory.mktemp("openrlhf"), job)
 
 
 def test_token_rewards_are_where_the_policys_tokens_are(made: Json, client: Client, tokenizer: Any) -> None:
@@ -106,13 +109,14 @@ def test_one_half_of_the_adapter_without_the_other_stops_at_the_first_step(made:
     assert made["without_maker"].startswith("ValueError: only one element tensors")
 
 
-def test_what_the_environment_wrote_gets_nothing(server: Server, client: Client, policy: Path, tokenizer: Any) -> None:
+def test_what_the_environment_wrote_gets_nothing(
+    tmp_path: Path, server: Server, client: Client, tokenizer: Any
+) -> None:
     case = case_of(tokenizer, "") | {
         "turns": [ids_of(tokenizer, "I look it up.", ended=False), ids_of(tokenizer, "It was good.")],
         "feedback": ["The tool says good.\n", ""],
     }
-    request = {"do": "turns", "url": server.url, "policy": str(policy), "cases": [case]}
-    output = ask("openrlhf", request)
+    output = ask("openrlhf", tmp_path, {"do": "turns", "url": server.url, "cases": [case]})
     (begin, stop), (again, end) = output["action_ranges"]
     placed = np.asarray(output["extra_logs"]["token_rewards"])
     assert again > stop
@@ -123,38 +127,43 @@ def test_what_the_environment_wrote_gets_nothing(server: Server, client: Client,
         "response_mask": [1] * (stop - begin) + [0] * (again - stop) + [1] * (end - again),
     }
     item = client.bind(tokenizer).token_rewards([sample], methods=["red"]).data[0]
+    assert item.reward is not None
     assert output["reward"] == pytest.approx(item.reward + 0.25, abs=1e-5)  # the environment's own beside it
     expected = item.token_rewards["red"]
     expected[-1] += item.baseline["red"]
     np.testing.assert_allclose(placed[begin - 1 : end - 1], expected, atol=1e-5)
 
 
-def test_a_killed_server_ends_the_rollout(doomed: Server, policy: Path, tokenizer: Any) -> None:
-    request = {"do": "outage", "url": doomed.url, "policy": str(policy), "pid": doomed.process.pid}
-    assert ask("openrlhf", request | {"cases": cases_of(tokenizer)[:1]})["raised"] == "ConnectionFailed"
+def test_a_killed_server_ends_the_rollout(tmp_path: Path, tiny_llama: Path, tokenizer: Any) -> None:
+    with serving(tmp_path / "log", "--device", "cpu", "--model", str(tiny_llama)) as doomed:
+        job = {"do": "outage", "url": doomed.url, "pid": doomed.process.pid, "cases": cases_of(tokenizer)[:1]}
+        assert ask("openrlhf", tmp_path, job)["raised"] == "ConnectionFailed"
 
 
-def test_the_trainers_actor_makes_its_experiences_with_token_rewards(policy: Path) -> None:
-    answer = ask("openrlhf", {"do": "installed", "policy": str(policy)})
+def test_the_trainers_actor_makes_its_experiences_with_token_rewards(tmp_path: Path) -> None:
+    answer = ask("openrlhf", tmp_path, {"do": "installed"})
     assert answer == {"actor": "PPOTrainer", "maker": "TokenRewardsExperienceMaker"}
 
 
 def test_its_remote_url_gets_one_reward_for_each_response(
-    server: Server, client: Client, policy: Path, tokenizer: Any
+    tmp_path: Path, server: Server, client: Client, tokenizer: Any
 ) -> None:
     if httpx.post(f"{server.url}/get_reward", json={}, trust_env=False).status_code == 404:
         pytest.skip("this server has no /get_reward")
-    cases = cases_of(tokenizer)[:2]
+    cases = [case_of(tokenizer, text) for text in ANSWERS[:2]]
     url = f"{server.url}/get_reward?token_rewards=false&eos={tokenizer.eos_token}"
-    made = ask("openrlhf", {"do": "remote_url", "remote_url": url, "policy": str(policy), "cases": cases})
+    made = ask("openrlhf", tmp_path, {"do": "remote_url", "remote_url": url, "cases": cases})
     for reward, case in zip(made["rewards"], cases, strict=True):
-        text = tokenizer.decode(case["turns"][0])
+        prompt = ids_of(tokenizer, case["prompt"], ended=False)
+        text = tokenizer.decode([*prompt, *case["turns"][0]]).removeprefix(case["prompt"])
         item = client.rewards([{"prompt": case["prompt"], "response": text}]).data[0]
-        assert np.ravel(reward) == pytest.approx([item.reward], abs=1e-4)
-    assert np.shape(made["made"]["returns"])[0] == len(cases)
+        assert np.ravel(reward) == pytest.approx([item.reward], abs=1e-5)
+    assert len(made["made"]["returns"]) == len(cases)
 
 
-def test_its_remote_url_has_no_reward_where_there_is_no_server(policy: Path, tokenizer: Any) -> None:
+def test_its_remote_url_has_no_reward_where_there_is_no_server(tmp_path: Path, tokenizer: Any) -> None:
     """OpenRLHF tries five times and then goes on with None, at which its next step fails; it never takes zero."""
-    request = {"do": "remote_url", "remote_url": "http://127.0.0.1:9/get_reward", "policy": str(policy)}
-    assert ask("openrlhf", request | {"cases": cases_of(tokenizer)[:1]})["rewards"] == [None]
+    job = {"do": "remote_url", "remote_url": "http://127.0.0.1:9/get_reward", "cases": cases_of(tokenizer)[:1]}
+    made = ask("openrlhf", tmp_path, job)
+    assert made["rewards"] == [None]
+    assert made["failed"].startswith("AttributeError: 'NoneType'")

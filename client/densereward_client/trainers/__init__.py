@@ -1,1 +1,1 @@
-"""Adapters for trainers, one module each: a module needs its trainer, this package nothing."""
+"""Adapters for RL trainers, one module each; a module imports its trainer, so import only the one you have."""

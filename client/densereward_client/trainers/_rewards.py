@@ -87,6 +87,7 @@ class Rewarder:
         self._client_options = client_options
         self._bound: asyncio.Task[AsyncBoundClient] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._client: AsyncClient | None = None
 
     async def reward(self, tokenizer: Any, sample: Sample | Mapping[str, Any]) -> Rewarded:
         """The rewards of one response, on the policy's own ids; what is wrong raises, and is never a reward of zero.
@@ -104,6 +105,12 @@ class Rewarder:
         answer = await policy.token_rewards([given], methods=[self._method])
         return rewarded(answer.data[0], self._method.key, given.response_mask)
 
+    async def aclose(self) -> None:
+        """Closes the connections; a further call opens others."""
+        client, self._client, self._bound = self._client, None, None
+        if client is not None:
+            await client.aclose()
+
     async def _policy(self, tokenizer: Any) -> AsyncBoundClient:
         """Bound once, however many ask at once; connections belong to the loop that they were opened in."""
         loop = asyncio.get_running_loop()
@@ -116,7 +123,9 @@ class Rewarder:
     async def _bind(self, tokenizer: Any) -> AsyncBoundClient:
         client = AsyncClient(self._base_url, **self._client_options)
         try:
-            return await client.bind(tokenizer, model=self._model, eos_token_ids=self._eos_token_ids)
+            bound = await client.bind(tokenizer, model=self._model, eos_token_ids=self._eos_token_ids)
         except BaseException:
             await client.aclose()
             raise
+        self._client = client
+        return bound

@@ -24,7 +24,7 @@ TOKEN_REWARDS = "token_rewards"  # noqa: S105 - a key of `extra_logs`
 _BY_RETURNS = ("gae", "reinforce")
 
 
-class TokenRewardsExecutor(AgentExecutorBase):  # type: ignore[misc]
+class TokenRewardsExecutor(AgentExecutorBase):
     """Lets another executor play, and rewards every token of what the policy wrote.
 
     What the environment wrote between the policy's turns gets nothing. A response that was cut by length is scored
@@ -101,7 +101,7 @@ def experience_maker(alpha: float = 1.0) -> Any:
     """
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
-    class TokenRewardsExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
+    class TokenRewardsExperienceMaker(RemoteExperienceMaker):
         @torch.no_grad()
         def compute_advantages_and_returns(self, experiences: list[Any]) -> list[Any]:
             taken = [_taken(experience) for experience in experiences]
@@ -138,7 +138,7 @@ def install(alpha: float = 1.0) -> None:
 
     plain = ppo_trainer.PPOTrainer.__ray_metadata__.modified_class
 
-    class PPOTrainer(plain):  # type: ignore[misc, valid-type]
+    class PPOTrainer(plain):  # type: ignore[valid-type, misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             self.experience_maker.__class__ = experience_maker(alpha)

@@ -29,7 +29,7 @@ from ._rewards import Method, Rewarder, as_method
 __all__ = ["RewardManager", "SingleTurnTokenRewards", "TokenRewardsOutput", "ToolTokenRewards"]
 
 
-class TokenRewardsOutput(AgentLoopOutput):  # type: ignore[misc]
+class TokenRewardsOutput(AgentLoopOutput):
     """An agent loop's output with a reward for each of `response_ids`."""
 
     token_rewards: list[float]
@@ -93,15 +93,15 @@ class _TokenRewards:
         return TokenRewardsOutput.model_construct(_fields_set=set(given), **given)
 
 
-class SingleTurnTokenRewards(_TokenRewards, SingleTurnAgentLoop):  # type: ignore[misc]
+class SingleTurnTokenRewards(_TokenRewards, SingleTurnAgentLoop):
     """verl's `single_turn_agent`, with token rewards."""
 
 
-class ToolTokenRewards(_TokenRewards, ToolAgentLoop):  # type: ignore[misc]
+class ToolTokenRewards(_TokenRewards, ToolAgentLoop):
     """verl's `tool_agent`, with token rewards; what tools wrote gets none. All turns are read as one response."""
 
 
-class RewardManager(RewardManagerBase):  # type: ignore[misc]
+class RewardManager(RewardManagerBase):
     """One reward for each response: `reward.reward_manager` with `source=importlib` and this file's name.
 
     `+reward.reward_kwargs.densereward.base_url=http://HOST:PORT` says where the server listens; `method`, `model`,

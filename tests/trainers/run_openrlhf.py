@@ -6,17 +6,16 @@ vLLM and flash-attn are left out, since no line of them runs here.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import ray
 import torch
-import transformers
 from absent import leave_out
+
+import policies  # before packages are left out, so that these look for them themselves
 
 leave_out("vllm", "flash_attn")
 
@@ -156,8 +155,10 @@ def remote_url(request: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """`--reward.remote_url`, as OpenRLHF does it."""
     executor = SingleTurnAgentExecutor(request["remote_url"])
     outputs = [play(executor, case, tokenizer) for case in request["cases"]]
-    made = learned_from(RemoteExperienceMaker, "reinforce", outputs) if outputs[0]["reward"] is not None else {}
-    return {"rewards": [each["reward"] for each in outputs], "made": made}
+    rewards = [each["reward"] for each in outputs]
+    if None in rewards:
+        return {"rewards": rewards, "failed": failure(learned_from, RemoteExperienceMaker, "reinforce", outputs)}
+    return {"rewards": rewards, "made": learned_from(RemoteExperienceMaker, "reinforce", outputs)}
 
 
 def outage(request: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -197,6 +198,5 @@ def strategy() -> Any:
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    policy = transformers.PreTrainedTokenizerFast.from_pretrained(asked["policy"])
-    print(json.dumps(globals()[asked["do"]](asked, policy)))
+    job = policies.read_job()
+    policies.write(job, globals()[job["do"]](job, policies.make_tokenizer(pad="<unk>")))
