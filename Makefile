@@ -50,12 +50,12 @@ test-slow: setup ## the tests that take longer
 test-trainers: setup $(TRAINER_ENVIRONMENTS) ## the adapters in real RL trainers (6 minutes, and several GB once)
 	TRAINERS="$(TRAINERS)" $(BIN)/pytest -m trainers
 
+# What asks for packages that only install beside a GPU comes alone.
 $(TRAINERS)/%/.installed: $(REQUIREMENTS)/%.txt Makefile
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/pip install --quiet --upgrade pip
 	$(@D)/bin/pip install --quiet "$(TORCH)"
 	$(@D)/bin/pip install --quiet --requirement $<
-	# What would draw in packages that only install beside a GPU comes without what it asks for.
 	test ! -f $(REQUIREMENTS)/alone/$*.txt || $(@D)/bin/pip install --quiet --no-deps --no-build-isolation \
 		--requirement $(REQUIREMENTS)/alone/$*.txt
 	touch $@

@@ -21,7 +21,7 @@ class AgentExecutor(TokenRewardsExecutor):
     def __init__(self) -> None:
         super().__init__(Rewarder(os.environ.get("DENSEREWARD_URL", "http://127.0.0.1:8000"), "red"))
 
-    def prompt_of(self, prompt: str, label: Any, prompt_ids: list[int]) -> dict[str, Any]:
+    def prompt_of(self, prompt: str, label: Any, prompt_ids: list[int]) -> dict[str, Any]:  # noqa: ARG002
         return {"messages": label}  # the reward model's own template writes them
 
 

@@ -49,14 +49,21 @@ def run(trainer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def train(server: Server, tmp_path: Path) -> Train:
-    """Runs `run_TRAINER.py` in the trainer's environment with a job, and returns what it saw."""
+    """Runs `run_TRAINER.py` in the trainer's environment with a job, and returns what it saw.
 
-    def train(trainer: str, /, **job: Any) -> Json:
+    Of several processes, each one's is in `processes`.
+    """
+
+    def train(trainer: str, /, processes: int = 1, **job: Any) -> Json:
         output = tmp_path / "seen.json"
         told = {"url": server.url, "output": str(output), "folder": str(tmp_path / "run")} | job
         (tmp_path / "job.json").write_text(json.dumps(told))
-        ended = run(trainer, str(Path(__file__).parent / f"run_{trainer}.py"), str(tmp_path / "job.json"))
+        several = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes)) if processes > 1 else ()
+        ended = run(trainer, *several, str(Path(__file__).parent / f"run_{trainer}.py"), str(tmp_path / "job.json"))
         assert ended.returncode == 0, ended.stderr[-4000:]
+        if processes > 1:
+            ranks = [output.with_name(f"{output.name}{rank}") for rank in range(processes)]
+            return {"processes": [json.loads(each.read_text()) for each in ranks]}
         seen: Json = json.loads(output.read_text())
         return seen
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import ray
 import torch
-from absent import leave_out
 
 import policies  # before packages are left out, so that these look for them themselves
+from absent import leave_out
 
 leave_out("vllm", "flash_attn")
 
