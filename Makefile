@@ -48,14 +48,17 @@ test: lint ## lint, then the tests that take minutes
 test-slow: setup ## the tests that take longer
 	$(BIN)/pytest -m "slow and not gpu"
 
-test-trainers: setup $(TRAINER_ENVIRONMENTS) ## the adapters in real RL trainers (7 minutes; 3 GB once)
+test-trainers: setup $(TRAINER_ENVIRONMENTS) ## the adapters in real RL trainers (15 minutes; 6 GB once)
 	TRAINERS="$(TRAINERS)" $(BIN)/pytest -m trainers
 
+# What asks for packages that only install beside a GPU comes alone.
 $(TRAINERS)/%/.installed: $(REQUIREMENTS)/%.txt Makefile
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/pip install --quiet --upgrade pip
 	$(@D)/bin/pip install --quiet "$(TORCH)"
 	$(@D)/bin/pip install --quiet --requirement $<
+	test ! -f $(REQUIREMENTS)/alone/$*.txt || $(@D)/bin/pip install --quiet --no-deps --no-build-isolation \
+		--requirement $(REQUIREMENTS)/alone/$*.txt
 	touch $@
 
 format: setup ## rewrite the sources in the project's format

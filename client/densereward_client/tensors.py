@@ -53,7 +53,7 @@ def to_padded(
     """
     if padding_side not in ("right", "left"):
         raise ValueError(f"padding_side is 'right' or 'left', not {padding_side!r}")
-    rows = [_row(item, method) for item in answer.data]
+    rows = [row_of(item, method) for item in answer.data]
     longest = max(map(len, rows), default=0)
     columns = longest if length is None else length
     if longest > columns:
@@ -68,7 +68,12 @@ def to_padded(
     return Padded(rewards, mask)
 
 
-def _row(item: SampleTokenRewards, method: str) -> NDArray[np.float32]:
+def row_of(item: SampleTokenRewards, method: str) -> NDArray[np.float32]:
+    """An item's token rewards of one method.
+
+    Raises:
+        ValueError: The item was not served, or has none of this method.
+    """
     if item.error is not None:
         raise ValueError(
             f"sample {item.index} (id {item.id!r}) was not served: {item.error.code}: {item.error.message}"
