@@ -203,7 +203,8 @@ def test_a_run_is_logged_repeated_to_the_digit_and_not_run_again(
     place: run.Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = a_run("red open")
-    run.execute(asked, place)
+    run.run_all([asked], place, workers=1)
+    assert "1/1 main, red open, seed 0" in capsys.readouterr().out
     head, *steps = run.read_log(run.log_path(place.logs, asked))
     assert head["settings"]["tokens"] == SETTINGS.tokens
     assert [step["step"] for step in steps] == [0, 1]

@@ -221,9 +221,12 @@ def _main(study: ByMethod) -> Iterator[str]:
         ["method", *(f"{kl:g} nats" for kl in _EQUAL_KL)],
         ([method, *(_at_kl(method, by_seed, sparse, kl) for kl in _EQUAL_KL)] for method, by_seed in study.items()),
     )
-    yield "What changed besides, from the first ten steps to the last ten; what the token rewards pay of R; warnings:\n"
+    yield (
+        "What changed besides, from the first ten steps to the last ten, and less `sparse`'s in these; what the token "
+        "rewards pay of R; warnings:\n"
+    )
     yield from _table(
-        ["method", "seeds", "tokens", "less sparse's at the end", "finished texts", "paid", "warnings"],
+        ["method", "seeds", "tokens", "less sparse's", "finished texts", "less sparse's", "paid", "warnings"],
         (_besides(method, by_seed, sparse) for method, by_seed in study.items()),
     )
     yield "Paid: slope of the sums of the token rewards on R, mean over training; the rest is the baseline's.\n"
@@ -257,15 +260,14 @@ def _besides(method: str, by_seed: Mapping[int, Log], sparse: Mapping[int, Log])
     logs = list(by_seed.values())
     pairs = [(by_seed[seed], sparse[seed]) for seed in by_seed.keys() & sparse.keys()]
     warnings = sum((Counter(log.warnings) for log in logs), Counter())
-    return [
-        method,
-        str(len(logs)),
-        f"{_average([log.first('length') for log in logs])} to {_average([log.last('length') for log in logs])}",
-        "" if method == _CONTROL else interval([log.last("length") - other.last("length") for log, other in pairs]),
-        f"{_average([log.first('finished') for log in logs])} to {_average([log.last('finished') for log in logs])}",
-        _average([log.mean("paid") for log in logs]),
-        ", ".join(f"{name} {count}" for name, count in sorted(warnings.items())) or "none",
-    ]
+    cells = [method, str(len(logs))]
+    for name in ("length", "finished"):
+        cells.append(f"{_average([log.first(name) for log in logs])} to {_average([log.last(name) for log in logs])}")
+        cells.append(
+            "" if method == _CONTROL else interval([log.last(name) - other.last(name) for log, other in pairs])
+        )
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(warnings.items()))
+    return [*cells, _average([log.mean("paid") for log in logs]), counts or "none"]
 
 
 def _paired(study: ByMethod, controls: ByMethod, control: str) -> Iterator[list[str]]:

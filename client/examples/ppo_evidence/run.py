@@ -237,7 +237,7 @@ def run_all(runs: Sequence[Run], place: Place, workers: int) -> None:
             if future.exception():
                 pool.shutdown(cancel_futures=True)  # the others would fail alike
             run, seconds = running[future], future.result()
-            last = read_log(log_path(place.logs, run))[-10:]
+            last = read_log(log_path(place.logs, run))[1:][-10:]
             reward = sum(record["reward"] for record in last) / len(last)
             name = f"{run.study}, {run.method}, seed {run.seed}"
             print(f"{done}/{len(waiting)} {name}: {seconds:.0f} s, last steps {reward:+.3f}", flush=True)
