@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,21 +16,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from densereward_client import Client, to_padded
+from densereward_client import Client, Include, TokenRewardsResponse, to_padded
 
 from .policy import Responses
 from .start import Facts
 
-__all__ = ["Judge", "Judged", "serving"]
+__all__ = ["READING", "Judge", "Judged", "serving"]
 
+READING = "every text as finished"
+"""What the judge reads: the closing tokens are scored behind every text, also behind one that was cut by length."""
+
+_COUNTED = ("low_attention_mass",)
 _LISTENING = re.compile(r"listening on (http://\S+:\d+)")
 
 
 class Judged(NamedTuple):
-    """Token rewards [batch, tokens], 0 outside the texts, and the reward model's own score of each text [batch]."""
+    """What the reward model made of a batch of texts.
+
+    Attributes:
+        rewards: Of each token, [batch, tokens]; 0 outside the texts.
+        scores: R of each text, [batch]: the method's token rewards and its baseline sum to it.
+        baselines: What the token rewards leave out, [batch].
+        warnings: How often each of those came that leave the reading as it is.
+    """
 
     rewards: Tensor
     scores: Tensor
+    baselines: Tensor
+    warnings: dict[str, int]
 
 
 class Judge:
@@ -40,33 +54,71 @@ class Judge:
         facts: The policy's ids are the reward model's, and what stands before a text there.
         method: As a request names it. `"less_prompt": True` is ours: the last token's reward loses the score that
             the prompt had alone, so that `sparse` sums to what `red` sums to.
+        fingerprint: Of the reward model, where it must be this one.
     """
 
-    def __init__(self, client: Client, facts: Facts, method: Mapping[str, Any]) -> None:
-        self._client, self._facts = client, facts
+    def __init__(
+        self, client: Client, facts: Facts, method: Mapping[str, Any], *, fingerprint: str | None = None
+    ) -> None:
+        self._client, self._facts, self._fingerprint = client, facts, fingerprint
         self._less_prompt = bool(method.get("less_prompt"))
         self._method = {name: value for name, value in method.items() if name != "less_prompt"} | {"label": "asked"}
 
     def __call__(self, openings: Tensor, responses: Responses) -> Judged:
-        """Token rewards of what the policy wrote, unscaled."""
+        """Token rewards of what the policy wrote, unscaled.
+
+        Raises:
+            RuntimeError: A number is missing, another model answered, or a warning says that it read another thing.
+        """
+        answer = self._answer(openings, responses)
+        warnings = _counted(answer)
+        rewards, _ = to_padded(answer, "asked", length=responses.ids.shape[1]).to_torch()
+        scores = _numbers("reward", (item.reward for item in answer.data))
+        baselines = _numbers("baseline", (item.baseline.get("asked") for item in answer.data))
+        if self._less_prompt:
+            prompts = _numbers("prompt_score", (item.prompt_score for item in answer.data))
+            last = responses.mask.sum(1, keepdim=True).cpu() - 1
+            rewards, baselines = rewards.scatter_add(1, last, -prompts[:, None]), baselines + prompts
+        device = openings.device
+        return Judged(rewards.to(device), scores.to(device), baselines.to(device), warnings)
+
+    def fingerprint(self) -> str:
+        """The reward model's, as its answers carry it."""
+        sample = self._sample([], [self._facts.end])
+        return self._client.token_rewards([sample], methods=[self._method]).fingerprint
+
+    def _answer(self, openings: Tensor, responses: Responses) -> TokenRewardsResponse:
         rows = zip(openings.tolist(), responses.ids.tolist(), responses.mask.sum(1).tolist(), strict=True)
         samples = [self._sample(opening, ids[:length]) for opening, ids, length in rows]
-        answer = self._client.token_rewards(
-            samples, methods=[self._method], include=["prefix_scores"] if self._less_prompt else []
-        )
-        rewards, _ = to_padded(answer, "asked", length=responses.ids.shape[1]).to_torch()
-        if self._less_prompt:
-            prompts = torch.tensor([item.prompt_score or 0.0 for item in answer.data])
-            rewards = rewards.scatter_add(1, responses.mask.sum(1, keepdim=True).cpu() - 1, -prompts[:, None])
-        scores = torch.tensor([item.reward or 0.0 for item in answer.data])
-        return Judged(rewards.to(openings.device), scores.to(openings.device))
+        include: list[Include] = ["prefix_scores"] if self._less_prompt else []
+        answer = self._client.token_rewards(samples, methods=[self._method], include=include)
+        if self._fingerprint not in (None, answer.fingerprint):
+            raise RuntimeError(f"the reward model is {answer.fingerprint}, and this run is of {self._fingerprint}")
+        return answer
 
     def _sample(self, opening: Sequence[int], response: Sequence[int]) -> dict[str, Any]:
+        # Scored as cut, a text would have its R read at another place than its closed prefixes.
         return {
             "prompt_token_ids": [*self._facts.judge_prompt, *opening],
             "response_token_ids": list(response),
-            "finished": response[-1] == self._facts.end,
+            "finished": True,
         }
+
+
+def _counted(answer: TokenRewardsResponse) -> dict[str, int]:
+    """How often each warning came; only those that leave the reading as it is may come at all."""
+    warnings = [warning for item in answer.data for warning in item.warnings]
+    codes = [warning.split(":")[0] for warning in warnings]
+    if other := [warning for warning, code in zip(warnings, codes, strict=True) if code not in _COUNTED]:
+        raise RuntimeError(f"the reward model read another thing than it was asked: {other[0]}")
+    return dict(Counter(codes))
+
+
+def _numbers(name: str, values: Iterable[float | None]) -> Tensor:
+    found = list(values)
+    if None in found:
+        raise RuntimeError(f"the answer has no {name} for text {found.index(None)}")
+    return torch.tensor(found)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class Batch:
     entropy: Tensor
     rewards: Tensor  # the judge's, standardised, less the penalty
     values: Tensor
-    scores: Tensor  # the judge's own, [batch]
+    judged: Judged
 
     @property
     def mask(self) -> Tensor:
@@ -135,7 +135,7 @@ def train(
             for rows in in_parts(batch):
                 fit_critic(batch, rows, targets)
                 fit_policy(batch, rows, gain)
-        yield {"step": step, **_record(batch), "seconds": round(time.monotonic() - begun, 3)}
+        yield {"step": step, **_record(batch, policy.facts.end), "seconds": round(time.monotonic() - begun, 3)}
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def collect(policy: Policy, judge: Judging, moments: Moments, settings: Settings
     drawn = torch.randint(len(policy.openings), (settings.batch,), generator=generator)
     openings = policy.openings[drawn.to(policy.openings.device)]
     responses = policy.sample(openings, settings.tokens, generator)
-    scores = judge(openings, responses)
+    judged = judge(openings, responses)
     hidden = policy.read(openings, responses)
     logits = policy.logits(policy.upper, hidden, settings.tokens)
     old = _log_probabilities(logits, responses.choices)
@@ -152,10 +152,10 @@ def collect(policy: Policy, judge: Judging, moments: Moments, settings: Settings
     away = (old - reference) * responses.mask
     # The mean goes where every text has exactly one token, so that no method is paid for length.
     last = responses.mask.sum(1, keepdim=True) - 1
-    rewards = scores.rewards.scatter_add(1, last, torch.full_like(scores.rewards[:, :1], -moments.mean))
+    rewards = judged.rewards.scatter_add(1, last, torch.full_like(judged.rewards[:, :1], -moments.mean))
     rewards = settings.scale * rewards / moments.deviation - settings.kl * away
     values = policy.values(hidden, settings.tokens)
-    return Batch(openings, responses, hidden, old, away, _entropy(logits), rewards, values, scores.scores)
+    return Batch(openings, responses, hidden, old, away, _entropy(logits), rewards, values, judged)
 
 
 def _descend(optimizer: torch.optim.Optimizer, weights: Any, loss: Tensor) -> None:
@@ -188,17 +188,23 @@ def _returns(batch: Batch) -> Tensor:
     return (batch.rewards * batch.mask).flip(1).cumsum(1).flip(1)
 
 
-def _record(batch: Batch) -> dict[str, Any]:
-    returns, mask = _returns(batch), batch.mask
+def _record(batch: Batch, end: int) -> dict[str, Any]:
+    returns, mask, judged = _returns(batch), batch.mask, batch.judged
     explained = 1 - (returns - batch.values)[mask].var() / returns[mask].var().clamp(min=1e-9)
     rows = [ids[:length] for ids, length in zip(batch.responses.ids.tolist(), mask.sum(1).tolist(), strict=True)]
     pairs = [pair for ids in rows for pair in itertools.pairwise(ids)]
+    scores, sums = judged.scores - judged.scores.mean(), judged.rewards.sum(1)
     return {
-        "reward": round(float(batch.scores.mean()), 4),
+        "reward": round(float(judged.scores.mean()), 4),
         "kl": round(float(batch.away.sum(1).mean()), 4),
         "entropy": round(float(_mean(batch.entropy, mask)), 4),
         "length": round(float(mask.sum(1).float().mean()), 2),
+        "finished": round(sum(ids[-1] == end for ids in rows) / len(rows), 4),
         "explained": round(float(explained), 4),
+        "baseline": round(float(judged.baselines.mean()), 4),
+        # How much of R the token rewards pay: the slope of their sums on it.
+        "paid": round(float((scores * sums).sum() / (scores**2).sum().clamp(min=1e-9)), 4),
         "distinct": round(len(set(pairs)) / max(1, len(pairs)), 4),
+        "warnings": judged.warnings,
         "ids": [[*opening, *ids] for opening, ids in zip(batch.openings.tolist(), rows, strict=True)][:3],
     }

@@ -25,7 +25,7 @@ from densereward.default_model.build import load_tokenizer
 from densereward_client import Client
 
 from . import start
-from .judge import Judge, serving
+from .judge import READING, Judge, serving
 from .policy import Policy
 from .ppo import Moments, Settings, collect, train
 
@@ -38,7 +38,9 @@ __all__ = [
     "log_path",
     "make_policy",
     "measure",
+    "moments_of",
     "read_log",
+    "refuse_other",
     "run_all",
 ]
 
@@ -81,14 +83,32 @@ class Plan:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run finds its policy and its server, and where its log goes."""
+    """Where a run finds its policy and its server, and where its log goes.
+
+    Attributes:
+        model: The reward model's fingerprint.
+        start: A hash of the start policy's files.
+    """
 
     policy: Path
     logs: Path
     url: str
     moments: Moments
+    model: str
+    start: str
     device: str = "cpu"
     precision: str = "bfloat16"
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """What decides the start policy's scores, and with them the moments."""
+        of_place = {name: getattr(self, name) for name in ("model", "start", "device", "precision")}
+        return of_place | {"reading": READING}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides a run's numbers besides the plan; it stands in every log's header."""
+        return self.scoring | {"moments": asdict(self.moments)}
 
 
 def log_path(logs: Path, run: Run) -> Path:
@@ -102,19 +122,28 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def is_finished(logs: Path, run: Run) -> bool:
+def is_finished(run: Run, place: Place) -> bool:
     """Whether its log is there.
 
     Raises:
-        ValueError: The log is of another run, as when the plan was changed: old and new must not be mixed.
+        ValueError: The log is of another run, as when the plan or the reward model was changed: old and new must not
+            be mixed.
     """
-    path = log_path(logs, run)
+    path = log_path(place.logs, run)
     if not path.is_file():
         return False
-    head = read_log(path)[0]
-    if different := [name for name, value in asdict(run).items() if head[name] != value]:
-        raise ValueError(f"{path} was made with another {', '.join(different)}; move it away")
+    refuse_other(path, read_log(path)[0], asdict(run) | place.identity)
     return True
+
+
+def refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse a file of other runs, by the names of what differs.
+
+    Raises:
+        ValueError: It is of other runs.
+    """
+    if different := [name for name, value in wanted.items() if name not in found or found[name] != value]:
+        raise ValueError(f"{path} was made with another {', '.join(different)}; move it away")
 
 
 def execute(run: Run, place: Place) -> float:
@@ -125,8 +154,8 @@ def execute(run: Run, place: Place) -> float:
     torch.manual_seed(run.seed)
     policy = make_policy(place)
     with Client(place.url, trust_env=False) as client, gzip.open(partial, "wt") as file:
-        judge = Judge(client, policy.facts, run.request)
-        print(json.dumps({**asdict(run), "moments": asdict(place.moments)}), file=file)
+        judge = Judge(client, policy.facts, run.request, fingerprint=place.model)
+        print(json.dumps(asdict(run) | place.identity), file=file)
         for record in train(policy, judge, place.moments, run.settings, steps=run.steps, seed=run.seed):
             if record["step"] % 20 and record["step"] != run.steps - 1:
                 del record["ids"]
@@ -145,8 +174,8 @@ def measure(place: Place, settings: Settings, batches: int = 32) -> Moments:
     """Mean and deviation of the start policy's scores."""
     policy, generator = make_policy(place), torch.Generator().manual_seed(999)
     with Client(place.url, trust_env=False) as client:
-        judge = Judge(client, policy.facts, SPARSE)
-        scores = [collect(policy, judge, place.moments, settings, generator).scores for _ in range(batches)]
+        judge = Judge(client, policy.facts, SPARSE, fingerprint=place.model)
+        scores = [collect(policy, judge, place.moments, settings, generator).judged.scores for _ in range(batches)]
     return Moments(float(torch.cat(scores).mean()), float(torch.cat(scores).std()))
 
 
@@ -155,14 +184,36 @@ def place_of(arguments: argparse.Namespace) -> Iterator[Place]:
     """Everything a run needs: the start policy, made on the first call, a server, and the scale of its scores."""
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    policy, moments = folder / "start", folder / "moments.json"
+    policy = folder / "start"
     if not (policy / "start.json").is_file():
         start.teach(arguments.data, policy, arguments.teaching)
     with _server(arguments) as url:
-        place = Place(policy, folder / "logs", url, Moments(0.0, 1.0), arguments.device, arguments.precision)
-        if not moments.is_file():
-            moments.write_text(json.dumps(asdict(measure(place, Plan().settings))))
-        yield replace(place, moments=Moments(**json.loads(moments.read_text())))
+        with Client(url, trust_env=False) as client:
+            model = Judge(client, start.load(policy)[1], SPARSE).fingerprint()
+        place = Place(
+            policy,
+            folder / "logs",
+            url,
+            Moments(0.0, 1.0),
+            model,
+            start.fingerprint(policy),
+            arguments.device,
+            arguments.precision,
+        )
+        yield replace(place, moments=moments_of(place, folder / "moments.json"))
+
+
+def moments_of(place: Place, path: Path) -> Moments:
+    """Measured once and kept in `path` with what they were measured with.
+
+    Raises:
+        ValueError: Those there were measured with something else.
+    """
+    if not path.is_file():
+        path.write_text(json.dumps(asdict(measure(place, Plan().settings)) | place.scoring))
+    kept = json.loads(path.read_text())
+    refuse_other(path, kept, place.scoring)
+    return Moments(kept["mean"], kept["deviation"])
 
 
 @contextmanager
@@ -177,7 +228,7 @@ def _server(arguments: argparse.Namespace) -> Iterator[str]:
 
 def run_all(runs: Sequence[Run], place: Place, workers: int) -> None:
     """Those that are not finished, so many at a time."""
-    waiting = [run for run in runs if not is_finished(place.logs, run)]
+    waiting = [run for run in runs if not is_finished(run, place)]
     print(f"{len(runs)} runs, {len(waiting)} to do, {workers} at a time", flush=True)
     # Started afresh, for a forked process would share the threads' state of torch.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread) as pool:
@@ -186,7 +237,7 @@ def run_all(runs: Sequence[Run], place: Place, workers: int) -> None:
             if future.exception():
                 pool.shutdown(cancel_futures=True)  # the others would fail alike
             run, seconds = running[future], future.result()
-            last = read_log(log_path(place.logs, run))[-10:]
+            last = read_log(log_path(place.logs, run))[1:][-10:]
             reward = sum(record["reward"] for record in last) / len(last)
             name = f"{run.study}, {run.method}, seed {run.seed}"
             print(f"{done}/{len(waiting)} {name}: {seconds:.0f} s, last steps {reward:+.3f}", flush=True)

@@ -7,6 +7,7 @@ head, which is cut to the ids that these texts use most. What is learnt is kept 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -57,6 +58,14 @@ def load(folder: Path) -> tuple[LlamaModel, Facts]:
     """What `save` wrote, in float32."""
     decoder: LlamaModel = LlamaModel.from_pretrained(folder, dtype=torch.float32)
     return decoder, Facts(**json.loads((folder / _FACTS).read_text()))
+
+
+def fingerprint(folder: Path) -> str:
+    """Changes when a weight does, or a fact."""
+    content = hashlib.sha256()
+    for path in (*sorted(folder.glob("*.safetensors")), folder / _FACTS):
+        content.update(path.read_bytes())
+    return content.hexdigest()[:16]
 
 
 def teach(data: Path, folder: Path, steps: int, batch_tokens: int = 2048, rate: float = 6e-4) -> None:
