@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from densereward.errors import DenseRewardError, InvalidRequest, TooLarge
+from densereward.errors import DenseRewardError, InvalidRequest, MalformedJSON, TooLarge
 from densereward.routes import openrlhf, reading, vllm
 from densereward.routes.openrlhf import GetRewardRequest
 from densereward.routes.reading import read, read_lists
@@ -224,3 +224,36 @@ def test_no_parser_sees_more_than_an_entry_of_a_large_body(
     read_lists(sent, kind, lists_of(kind), 500)
     assert len(longest) > 500
     assert max(longest) < len(sent) / 400
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        '"finished": [true',
+        '"finished": [true,]}',
+        '"x" 1}',
+        '"model": "x"} x',
+        '"model": "\\ud800"}',
+        "[" * 100_000,
+        "5: 1}",
+    ],
+)
+@pytest.mark.parametrize("small", [True, False])
+def test_what_is_no_json_is_told_of_large_bodies_without_reading_them_whole(
+    monkeypatch: pytest.MonkeyPatch, rest: str, small: bool
+) -> None:
+    if not small:
+        monkeypatch.setattr(reading, "_SMALL", 10)
+        monkeypatch.setattr(reading, "read_whole", pytest.fail)
+    body = f'{{"query": ["ab"], "prompts": ["a"], {rest}'.encode()
+    with pytest.raises(MalformedJSON, match=r"^the body is not JSON: .{5,150}$"):
+        read_lists(body, GetRewardRequest, openrlhf._LISTS, 3)
+
+
+@pytest.mark.parametrize("more", [{"model": 3}, {"token_reward": True}, {"eos": ""}, {"response_spans": 5}])
+def test_a_bad_field_is_told_of_large_bodies_too(monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]) -> None:
+    monkeypatch.setattr(reading, "_SMALL", 10)
+    with pytest.raises(InvalidRequest) as refused:
+        read_lists(json.dumps(QUERIES | more).encode(), GetRewardRequest, openrlhf._LISTS, 3)
+    assert refused.value.details == {"field": next(iter(more))}
+    assert not isinstance(refused.value, MalformedJSON)

@@ -186,7 +186,8 @@ def _sample(asked: GetRewardRequest, index: int, closing: str) -> Sample:
     if asked.eos is not None:
         finished = response.endswith(asked.eos)
         response, spans = _closed(response, spans, asked.eos, closing)
-    return Sample(prompt=prompt, response=response, response_spans=spans, finished=finished)
+    # All of it was checked as the request was read, and checking many spans again would hold the interpreter.
+    return Sample.model_construct(prompt=prompt, response=response, response_spans=spans, finished=finished)
 
 
 def _closed(response: str, spans: Spans | None, eos: str, closing: str) -> tuple[str, Spans | None]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from densereward.errors import ClientGone, DenseRewardError, MalformedJSON, TooLarge
+from densereward.errors import ClientGone, DenseRewardError, InvalidRequest, MalformedJSON, TooLarge
 from densereward.problems import invalid, problems_of
 from densereward_client.wire import RewardsRequest, Sample
 
@@ -31,6 +31,8 @@ _JSON = JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
 _IN_PLACE_OF_SAMPLES = {"samples": '[{"prompt": "", "response": ""}]'}
 _NUMBER = "-0123456789"
+_SMALL = 2**20
+"""Bytes of a body that may be read again in one piece, for a better word on what is wrong with it."""
 
 
 async def body_of(request: Request, limit: int) -> bytes:
@@ -93,9 +95,22 @@ def read_lists(body: bytes, kind: type[B], lists: Lists, most: int) -> B:
             name: [_entry(lists[name][1], text[start:stop], name, index) for index, (start, stop) in enumerate(each)]
             for name, each in places.items()
         }
-    except (ValueError, RecursionError):
-        return read_whole(body, kind)
+    except (ValueError, RecursionError) as error:
+        if len(body) <= _SMALL:
+            return read_whole(body, kind)
+        raise _refusal(error) from error
     return request.model_copy(update=entries)
+
+
+def _refusal(error: ValueError | RecursionError) -> InvalidRequest:
+    """What is wrong with a body, by what was seen of it."""
+    if not isinstance(error, ValidationError):
+        return MalformedJSON(f"the body is not JSON: {error}")
+    problems = problems_of(error)
+    if problems[0]["type"] != "json_invalid":
+        return invalid(problems)
+    message, _, _ = problems[0]["msg"].partition(" at line ")  # of a part, not of the body
+    return MalformedJSON(f"the body is not JSON: {message}")
 
 
 def _entry(read_one: Callable[[str], Any], text: str, name: str, index: int) -> Any:
