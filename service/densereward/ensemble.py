@@ -57,6 +57,8 @@ class EnsemblePipeline:
         self.name = name
         self._members = members
         self._ensemble = ensemble
+        texts = {member.closing_text for member in members}
+        self.closing_text = texts.pop() if len(texts) == 1 else None
         identity = repr([*(member.fingerprint for member in members), ensemble.model_dump()])
         self.fingerprint = f"fp-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
         if isinstance(ensemble.normalize, Mapping):

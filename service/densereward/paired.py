@@ -55,6 +55,7 @@ class PairedPipeline:
 
     def __init__(self, model: Pipeline, pair: Pipeline) -> None:
         self.name = model.name
+        self.closing_text = model.closing_text
         self._model = model
         self._pair = pair
         both = f"{model.fingerprint} {pair.fingerprint}"

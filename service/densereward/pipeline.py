@@ -50,9 +50,11 @@ class Scorer(Protocol):
 
     Attributes:
         fingerprint: changes when a model, how it reads text, or how models are combined does.
+        closing_text: what the tokens are read from that close a response; None where no text is read as these.
     """
 
     fingerprint: str
+    closing_text: str | None
 
     def prepare(self, request: RewardsRequest, samples: Samples) -> Any:
         """All that comes before the engine. Blocks; for a thread."""
@@ -128,6 +130,7 @@ class Pipeline:
         self.spread = Spread(TOLERANCE[engine.facts.dtype])
         self.card = self._card()
         self.fingerprint = self._fingerprint()
+        self.closing_text = self.card.closing_text
 
     async def close(self) -> None:
         """Finish what waits, then free the engine."""

@@ -97,6 +97,22 @@ def test_a_response_without_the_policys_end_of_sequence_was_cut_by_length(http: 
     assert content["rewards"] == pytest.approx(got(http, **asked(RESPONSES[:2], finished=[False, True]))["rewards"])
 
 
+def test_an_empty_prompt_is_an_empty_prompt(http: httpx.Client, api: Api) -> None:
+    content = got(http, query=[PROMPT, "Thank you"], prompts=["", ""])
+    items = api.items([{"prompt": "", "response": PROMPT}, {"prompt": "", "response": "Thank you"}], include=["spans"])
+    assert content["rewards"] == pytest.approx([item["reward"] for item in items], abs=1e-5)
+    assert content["extra_logs"]["token_spans"] == [flat(item["spans"]) for item in items]
+
+
+def test_a_query_that_is_its_prompt_has_an_empty_response(http: httpx.Client, api: Api) -> None:
+    """An end of sequence that closes the prompt is the prompt's."""
+    prompt = PROMPT + "<|im_end|>"
+    content = got(http, query=[prompt], prompts=[prompt], eos="<|im_end|>")
+    item = api.item({"prompt": prompt, "response": "", "finished": False})
+    assert content["rewards"] == pytest.approx([item["reward"]], abs=1e-5)
+    assert content["extra_logs"]["token_rewards"] == [[]]
+
+
 def test_the_url_says_what_a_trainers_body_cannot(http: httpx.Client, api: Api) -> None:
     bare = got(http, "/get_reward?token_rewards=false", **asked())
     assert bare["extra_logs"] == {}
@@ -176,6 +192,13 @@ def test_a_bad_query_is_named_as_the_request_names_it(http: httpx.Client, poison
     assert error["message"].startswith("query[0]: ")
 
 
+@pytest.mark.parametrize("name", ["model", "method", "eos", "token_rewards"])
+def test_a_url_that_says_a_thing_twice_is_refused_by_its_name(http: httpx.Client, name: str) -> None:
+    status, error = refusal(http.post(f"/get_reward?{name}=a&{name}=b", json=asked()))
+    assert (status, error["code"], error["details"]) == (422, "invalid_request", {"field": name})
+    assert error["message"] == f"{name} stands in the URL 2 times; give it once"
+
+
 @pytest.mark.parametrize("url", ["/get_reward?methd=red", "/get_reward?token_rewards=perhaps"])
 def test_a_url_that_says_something_else_is_refused(http: httpx.Client, url: str) -> None:
     assert refusal(http.post(url, json=asked()))[0] == 422
@@ -198,9 +221,12 @@ def test_the_key_and_the_limits_are_those_of_every_scoring_route(server: Server,
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    """Two models, their ensemble, and one that judges steps; no key."""
+    """Two models, their ensemble, one that closes no response, and one that judges steps; no key."""
     folder = tmp_path_factory.mktemp("others")
     models = ["--model", f"one={tiny.save(folder / 'one')}", "--model", f"two={tiny.save(folder / 'two', 'qwen3')}"]
+    models += ["--model", f"bare={tiny.save(folder / 'bare')}"]
+    tiny.make_tokenizer(template=None).save_pretrained(folder / "bare")
+    (folder / "bare" / "chat_template.jinja").unlink()
     judge = ["--model", f"judge={tiny.save_judge(folder / 'judge')}", "--step-separator", r"\n\n"]
     flags = ["--device", "cpu", *models, *judge, "--ensemble", "both=one+two:min"]
     with serving(folder / "log", *flags) as server, httpx.Client(base_url=server.url, timeout=60) as http:
@@ -223,6 +249,87 @@ def test_an_ensemble_answers_on_the_policys_tokens_or_with_its_reward_alone(othe
         content = got(others.http, **asked(RESPONSES[:1], model="both", **more))
         assert content["rewards"] == pytest.approx([expected], abs=1e-5)
     assert len(content["extra_logs"]["token_rewards"][0]) == 2
+
+
+EOS = "<|eot_id|>"
+"""No token of the models'."""
+OWN = "<|im_end|>"
+CLOSING = {"one": "<|im_end|>\n", "both": "<|im_end|>\n", "bare": ""}
+
+
+def summed(content: Json) -> list[float]:
+    logs = content["extra_logs"]
+    return [sum(own) + left for own, left in zip(logs["token_rewards"], logs["baseline"], strict=True)]
+
+
+@pytest.mark.parametrize("model", ["one", "bare"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_the_policys_end_is_left_out_where_the_model_has_another(others: Api, model: str, times: int) -> None:
+    content = got(others.http, **asked(["Good" + EOS * times, "Good"], model=model, eos=EOS))
+    items = others.items(
+        [
+            {"prompt": PROMPT, "response": "Good"},
+            {"prompt": PROMPT, "response": "Good", "finished": False},
+        ],
+        include=["spans"],
+        model=model,
+    )
+    assert content["rewards"] == pytest.approx([item["reward"] for item in items], abs=1e-5)
+    assert summed(content) == pytest.approx(content["rewards"], abs=1e-5)
+    for i, item in enumerate(items):
+        assert content["extra_logs"]["token_rewards"][i] == pytest.approx(item["token_rewards"]["red"], abs=STEP)
+        assert content["extra_logs"]["token_spans"][i] == flat(item["spans"])
+
+
+@pytest.mark.parametrize("model", ["one", "bare", "both"])
+@pytest.mark.parametrize("eos", [EOS, OWN])
+@pytest.mark.parametrize("times", [1, 3])
+def test_the_first_end_of_the_policys_has_the_reward_of_the_models_own(
+    others: Api, model: str, eos: str, times: int
+) -> None:
+    size = len(eos)
+    ends = [[4 + size * i, 4 + size * (i + 1)] for i in range(times)]
+    content = got(
+        others.http,
+        **asked(["Good" + eos * times], model=model, eos=eos, response_spans=[[[0, 2], [2, 4], *ends]], method="red"),
+    )
+    after = 4 + len(CLOSING[model])
+    spans = [[0, 2], [2, 4], [4, after], *[[after, after]] * (times - 1)]
+    expected = others.item(
+        {"prompt": PROMPT, "response": "Good" + CLOSING[model], "response_spans": spans}, methods=["red"], model=model
+    )
+    assert content["rewards"] == pytest.approx([expected["reward"]], abs=1e-5)
+    [rewards] = content["extra_logs"]["token_rewards"]
+    assert rewards == pytest.approx(expected["token_rewards"]["red"], abs=STEP)
+    assert not any(rewards[3:])
+    assert summed(content) == pytest.approx(content["rewards"], abs=1e-5)
+
+
+@pytest.mark.parametrize("token_rewards", [True, False])
+def test_an_end_that_is_the_models_own_changes_nothing(others: Api, token_rewards: bool) -> None:
+    request = asked(["Thank you" + OWN], model="one", token_rewards=token_rewards)
+    plain, with_eos = got(others.http, **request), got(others.http, **request, eos=OWN)
+    assert with_eos["rewards"] == pytest.approx(plain["rewards"], abs=1e-5)
+    assert with_eos["extra_logs"].get("token_spans") == plain["extra_logs"].get("token_spans")
+
+
+@pytest.mark.parametrize(
+    "spans", [[[0, 14]], [[0, 3], [3, 14]], [[0, 3], [3, 7], [7, 14]], [[0, 4]], [[0, 4], [14, 14]], [[0, 2]]]
+)
+@pytest.mark.parametrize("model", ["one", "bare"])
+def test_spans_that_hold_more_or_less_than_the_end_keep_the_sum(others: Api, model: str, spans: list[Any]) -> None:
+    content = got(others.http, **asked(["Good" + EOS], model=model, eos=EOS, response_spans=[spans]))
+    expected = others.item({"prompt": PROMPT, "response": "Good"}, "/rewards", model=model)["reward"]
+    assert content["rewards"] == pytest.approx([expected], abs=1e-5)
+    assert summed(content) == pytest.approx([expected], abs=1e-5)
+    assert len(content["extra_logs"]["token_rewards"][0]) == len(spans)
+
+
+@pytest.mark.parametrize("spans", [[[0, 15]], [[0, 4], [4, 15]], [[0, 4], [14, 4]], [[0, 4], [3, 14]], []])
+def test_spans_that_are_wrong_in_what_was_sent_are_refused(others: Api, spans: list[Any]) -> None:
+    request = asked(["Good" + EOS], model="one", eos=EOS, response_spans=[spans])
+    status, error = refusal(others.http.post("/get_reward", json=request))
+    assert (status, error["code"], error["details"]["index"]) == (422, "invalid_spans", 0)
 
 
 def test_openrlhfs_own_executor_reads_the_answer(others: Api) -> None:

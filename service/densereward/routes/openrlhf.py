@@ -9,20 +9,22 @@ off, in its URL, since what it sends is fixed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from starlette.datastructures import QueryParams
 
 from densereward.ensemble import EnsemblePipeline
 from densereward.errors import InvalidRequest
 from densereward.pipeline import Scorer
 from densereward.problems import invalid, problems_of
 from densereward.routes.answering import ERRORS, Prepared, answered, body_like, require_key
-from densereward.routes.reading import check_number, read_whole
+from densereward.routes.reading import Lists, check_number, read_lists
 from densereward.service import Service
 from densereward_client.wire import MethodRequest, RewardsRequest, Sample, Spans, TokenRewardsRequest
 
@@ -55,8 +57,9 @@ class GetRewardRequest(BaseModel):
     eos: str | None = Field(
         None,
         min_length=1,
-        description="Instead of `finished`: the policy's end of sequence, as text; a response that ends otherwise was "
-        "cut by length. Also in the URL.",
+        description="Instead of `finished`: the policy's end of sequence, as text. A response that ends with it, once "
+        "or more, is finished, and the reward model's own end is read in its place; one that ends otherwise was cut by "
+        "length. Also in the URL.",
     )
 
 
@@ -67,6 +70,15 @@ class _InURL(BaseModel):
     token_rewards: bool = True
     method: str | None = None
     eos: str | None = Field(None, min_length=1)
+
+
+_LISTS: Lists = {
+    "query": ('[""]', TypeAdapter(str).validate_json),
+    "prompts": ("[]", TypeAdapter(str).validate_json),
+    "labels": ("null", TypeAdapter(Any).validate_json),
+    "response_spans": ("[]", TypeAdapter(Spans).validate_json),
+    "finished": ("[]", TypeAdapter(StrictBool).validate_json),
+}
 
 
 class ExtraLogs(BaseModel):
@@ -110,11 +122,10 @@ async def get_reward(request: Request) -> Response:
     return await answered(request, partial(_prepare, request.query_params), samples="query")
 
 
-def _prepare(in_url: Mapping[str, str], service: Service, body: bytes, max_samples: int) -> Prepared:
-    asked = _with_url(read_whole(body, GetRewardRequest), in_url)
+def _prepare(in_url: QueryParams, service: Service, body: bytes, max_samples: int) -> Prepared:
+    asked = _with_url(read_lists(body, GetRewardRequest, _LISTS, max_samples), in_url)
     check_number(len(asked.query), max_samples)
     _check(asked)
-    samples = [_sample(asked, index) for index in range(len(asked.query))]
     request = _request(asked)
     scorer: Scorer = service.pipeline_for(request)
     if isinstance(scorer, EnsemblePipeline) and asked.token_rewards and asked.response_spans is None:
@@ -123,11 +134,15 @@ def _prepare(in_url: Mapping[str, str], service: Service, body: bytes, max_sampl
             code="invalid_ensemble",
             field="response_spans",
         )
+    samples = [_sample(asked, index, scorer.closing_text or "") for index in range(len(asked.query))]
     return Prepared(scorer, scorer.prepare(request, samples), _write)
 
 
-def _with_url(asked: GetRewardRequest, in_url: Mapping[str, str]) -> GetRewardRequest:
+def _with_url(asked: GetRewardRequest, in_url: QueryParams) -> GetRewardRequest:
     """What the URL says holds where the body does not say otherwise."""
+    names = [name for name, _ in in_url.multi_items()]
+    for name in (name for name in in_url if names.count(name) > 1):
+        raise InvalidRequest(f"{name} stands in the URL {names.count(name)} times; give it once", field=name)
     try:
         said = _InURL.model_validate(dict(in_url)).model_dump(exclude_unset=True)
     except ValidationError as error:
@@ -154,7 +169,8 @@ def _check(asked: GetRewardRequest) -> None:
         raise InvalidRequest("give either eos or finished: both say which responses were cut by length", field="eos")
 
 
-def _sample(asked: GetRewardRequest, index: int) -> Sample:
+def _sample(asked: GetRewardRequest, index: int, closing: str) -> Sample:
+    """One query, for a model that reads its score behind `closing`."""
     query, prompt = asked.query[index], asked.prompts[index]
     if not query.startswith(prompt):
         raise InvalidRequest(
@@ -165,12 +181,48 @@ def _sample(asked: GetRewardRequest, index: int) -> Sample:
             index=index,
         )
     response = query[len(prompt) :]
-    return Sample(
-        prompt=prompt,
-        response=response,
-        response_spans=None if asked.response_spans is None else asked.response_spans[index],
-        finished=response.endswith(asked.eos or "") if asked.finished is None else asked.finished[index],
-    )
+    spans = None if asked.response_spans is None else asked.response_spans[index]
+    finished = True if asked.finished is None else asked.finished[index]
+    if asked.eos is not None:
+        finished = response.endswith(asked.eos)
+        response, spans = _closed(response, spans, asked.eos, closing)
+    # All of it was checked as the request was read, and checking many spans again would hold the interpreter.
+    return Sample.model_construct(prompt=prompt, response=response, response_spans=spans, finished=finished)
+
+
+def _closed(response: str, spans: Spans | None, eos: str, closing: str) -> tuple[str, Spans | None]:
+    """The response with the model's own end in the policy's place: what it adds is the first EOS's reward.
+
+    An EOS that the model closes with itself stays. Without spans the EOS has no reward of its own, and any other is
+    just left out, so that the spans of the answer are places in the text that was sent.
+    """
+    cut = len(response)
+    while response.endswith(eos, 0, cut):
+        cut -= len(eos)
+    ending = eos if closing.startswith(eos) else closing
+    if cut == len(response) or response[cut:] == ending:
+        return response, spans
+    content = response[:cut]
+    if spans is None:
+        return content + (eos if ending == eos else ""), None
+    size, end = len(response.encode()), len(content.encode())
+    if not _in_order(spans, size):
+        return response, spans  # to be refused as it stands
+    after = end + len(ending.encode())
+    moved: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if stop <= end:
+            moved.append((start, stop))
+        elif start < end:
+            moved.append((start, end))
+        else:
+            moved.append((after if moved and moved[-1][1] == after else end, after))
+    return content + ending, moved
+
+
+def _in_order(spans: Sequence[tuple[int, int]], size: int) -> bool:
+    offsets = [offset for span in spans for offset in span]
+    return all(one <= other for one, other in pairwise([0, *offsets, size]))
 
 
 def _request(asked: GetRewardRequest) -> RewardsRequest:

@@ -1,31 +1,38 @@
 """From a request's bytes to a request: limits first, then JSON, then each sample by itself.
 
 A parser holds the interpreter, and with it the event loop, until it is done, in whatever thread it runs. So a body is
-cut into its samples and these are read one by one: between two of them others have their turn.
+cut into its samples and these are read one by one: between two of them others have their turn. Other servers' bodies
+have lists beside one another instead, and these are read entry by entry.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from json import JSONDecoder
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from densereward.errors import ClientGone, DenseRewardError, MalformedJSON, TooLarge
+from densereward.errors import ClientGone, DenseRewardError, InvalidRequest, MalformedJSON, TooLarge
 from densereward.problems import invalid, problems_of
 from densereward_client.wire import RewardsRequest, Sample
 
-__all__ = ["body_of", "check_number", "read", "read_whole"]
+__all__ = ["Lists", "body_of", "check_number", "read", "read_lists", "read_whole"]
 
 R = TypeVar("R", bound=RewardsRequest)
 B = TypeVar("B", bound=BaseModel)
 Samples = list[Sample | DenseRewardError]
+Lists = Mapping[str, tuple[str, Callable[[str], Any]]]
+"""Of each list: the JSON that stands for it while the rest is read, and what reads an entry's JSON."""
 
 _JSON = JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
-_PLACEHOLDER = '[{"prompt": "", "response": ""}]'
+_IN_PLACE_OF_SAMPLES = {"samples": '[{"prompt": "", "response": ""}]'}
+_NUMBER = "-0123456789"
+_SMALL = 2**20
+"""Bytes of a body that may be read again in one piece, for a better word on what is wrong with it."""
 
 
 async def body_of(request: Request, limit: int) -> bytes:
@@ -60,7 +67,9 @@ def read(body: bytes, kind: type[R], most: int) -> tuple[R, Samples]:
     """
     try:
         text = body.decode()
-        envelope, places = _cut(text)
+        envelope, lists = _cut(text, _IN_PLACE_OF_SAMPLES)
+        if not (places := lists.get("samples")):
+            raise ValueError("there are no samples")
         request = kind.model_validate_json(envelope)
         check_number(len(places), most)
         return request, [_sample(text[start:stop]) for start, stop in places]
@@ -70,37 +79,95 @@ def read(body: bytes, kind: type[R], most: int) -> tuple[R, Samples]:
     return request, list(request.samples)
 
 
-def _cut(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """The request with a placeholder for its samples, and where each sample begins and ends in the text.
+def read_lists(body: bytes, kind: type[B], lists: Lists, most: int) -> B:
+    """Parse a body of lists that have one entry for each sample.
 
     Raises:
-        ValueError, RecursionError: no JSON object with a list of samples, as far as the standard library can tell.
+        MalformedJSON: not JSON.
+        InvalidRequest: JSON that is not such a request.
+        TooLarge: more than `most` entries in a list.
+    """
+    try:
+        text = body.decode()
+        envelope, places = _cut(text, {name: instead for name, (instead, _) in lists.items()}, most, whole=_NUMBER)
+        request = kind.model_validate_json(envelope)
+        entries = {
+            name: [_entry(lists[name][1], text[start:stop], name, index) for index, (start, stop) in enumerate(each)]
+            for name, each in places.items()
+        }
+    except (ValueError, RecursionError) as error:
+        if len(body) <= _SMALL:
+            return read_whole(body, kind)
+        raise _refusal(error) from error
+    return request.model_copy(update=entries)
+
+
+def _refusal(error: ValueError | RecursionError) -> InvalidRequest:
+    """What is wrong with a body, by what was seen of it."""
+    if not isinstance(error, ValidationError):
+        return MalformedJSON(f"the body is not JSON: {error}")
+    problems = problems_of(error)
+    if problems[0]["type"] != "json_invalid":
+        return invalid(problems)
+    message, _, _ = problems[0]["msg"].partition(" at line ")  # of a part, not of the body
+    return MalformedJSON(f"the body is not JSON: {message}")
+
+
+def _entry(read_one: Callable[[str], Any], text: str, name: str, index: int) -> Any:
+    """Raises ValidationError where the text is no JSON."""
+    try:
+        return read_one(text)
+    except ValidationError as error:
+        problems = problems_of(error)
+        if problems[0]["type"] == "json_invalid":
+            raise
+        for problem in problems:
+            problem["loc"] = (name, index, *problem["loc"])
+        raise invalid(problems) from error
+
+
+def _cut(
+    text: str, instead: Mapping[str, str], most: int | None = None, whole: str = ""
+) -> tuple[str, dict[str, list[tuple[int, int]]]]:
+    """The request with something instead of its lists, and where the entries of each begin and end in the text.
+
+    Lists that are empty or begin with a character of `whole` stay where they are.
+
+    Raises:
+        ValueError, RecursionError: no JSON object, as far as the standard library can tell.
+        TooLarge: a list has more than `most` entries.
     """
     envelope: list[str] = []
-    places: list[tuple[int, int]] = []
+    places: dict[str, list[tuple[int, int]]] = {}
     written, at, mark = 0, 0, "{"
     while text[(at := _skip(text, at)) : at + 1] == mark:
         name, at = _JSON.raw_decode(text, _skip(text, at + 1))
         at = _skip(text, _after(text, _skip(text, at), ":"))
-        if name == "samples" and text[at : at + 1] == "[":
-            envelope += [text[written:at], _PLACEHOLDER]
-            places, at = _elements(text, at + 1)
+        places.pop(name, None)  # of a repeated key the last counts
+        inside = _skip(text, at + 1)
+        if name in instead and text[at : at + 1] == "[" and text[inside : inside + 1] not in "]" + whole:
+            envelope += [text[written:at], instead[name]]
+            places[name], at = _elements(text, at + 1, name, most)
             written = at
         else:
             _, at = _JSON.raw_decode(text, at)
         mark = ","
-    if not places:
-        raise ValueError("there are no samples")
     return "".join([*envelope, text[written:]]), places
 
 
-def _elements(text: str, at: int) -> tuple[list[tuple[int, int]], int]:
+def _elements(text: str, at: int, name: str, most: int | None) -> tuple[list[tuple[int, int]], int]:
     """Where the elements of a list begin and end, and where the list ends."""
     places: list[tuple[int, int]] = []
     at = _skip(text, at)
     while text[at : at + 1] != "]":
         if places:
             at = _skip(text, _after(text, at, ","))
+        if len(places) == most:
+            raise TooLarge(
+                f"{name} has more than {most} entries, and the server takes so many samples in one request; send them "
+                "in parts",
+                limit=most,
+            )
         _, stop = _JSON.raw_decode(text, at)
         places.append((at, stop))
         at = _skip(text, stop)

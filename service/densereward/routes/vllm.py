@@ -15,12 +15,21 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import orjson
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    TypeAdapter,
+    WithJsonSchema,
+    model_validator,
+)
 
 from densereward.errors import InvalidRequest
 from densereward.pipeline import Pipeline
 from densereward.routes.answering import ERRORS, Prepared, answered, body_like, require_key
-from densereward.routes.reading import check_number, read_whole
+from densereward.routes.reading import Lists, check_number, read_lists
 from densereward.service import Service
 from densereward_client.wire import Message, RewardsRequest, TokenRewardsRequest
 
@@ -67,6 +76,13 @@ def _inputs(value: Any) -> list[_Input]:
     return several
 
 
+def _one_input(value: Any) -> _Input:
+    if isinstance(value, str) or _is_ids(value):
+        given: _Input = value
+        return given
+    raise ValueError("neither a text nor a list of token ids")
+
+
 def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(each) is int for each in value)
 
@@ -74,6 +90,9 @@ def _is_ids(value: Any) -> bool:
 _IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
 _ONE = {"anyOf": [{"type": "string"}, _IDS]}
 _SCHEMA = {"anyOf": [*_ONE["anyOf"], {"type": "array", "items": _ONE, "minItems": 1}]}
+
+
+_LISTS: Lists = {"input": ('[""]', TypeAdapter(Annotated[Any, BeforeValidator(_one_input)]).validate_json)}
 
 
 class ClassifyRequest(BaseModel):
@@ -172,7 +191,7 @@ async def pooling(request: Request) -> Response:
 
 
 def _prepare(kind: type[ClassifyRequest], service: Service, body: bytes, max_samples: int) -> Prepared:
-    asked = read_whole(body, kind)
+    asked = read_lists(body, kind, _LISTS, max_samples)
     _check_options(asked)
     given: list[Any] = [asked.messages] if asked.input is None else asked.input
     check_number(len(given), max_samples)
