@@ -46,6 +46,7 @@ NO_JSON = {
     "a raw line end in a string": _request('"x\n"').encode(),
     "UTF-16": _request('"x"').encode("utf-16"),
     "a byte order mark": b"\xef\xbb\xbf" + _request('"x"').encode(),
+    "a list as a key": b'{[1]: 2, "samples": []}',
     "single quotes": _request('"x"').replace('"', "'").encode(),
     "a comment": b"// hello\n" + _request('"x"').encode(),
     "a trailing comma": b'{"samples": [],}',

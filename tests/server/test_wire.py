@@ -236,6 +236,7 @@ def test_no_parser_sees_more_than_an_entry_of_a_large_body(
         '"model": "\\ud800"}',
         "[" * 100_000,
         "5: 1}",
+        "[1]: 2}",
     ],
 )
 @pytest.mark.parametrize("small", [True, False])

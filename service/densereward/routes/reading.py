@@ -142,6 +142,8 @@ def _cut(
     written, at, mark = 0, 0, "{"
     while text[(at := _skip(text, at)) : at + 1] == mark:
         name, at = _JSON.raw_decode(text, _skip(text, at + 1))
+        if not isinstance(name, str):
+            raise ValueError("a key is no text")
         at = _skip(text, _after(text, _skip(text, at), ":"))
         places.pop(name, None)  # of a repeated key the last counts
         inside = _skip(text, at + 1)
