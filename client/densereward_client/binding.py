@@ -72,7 +72,7 @@ class Binding:
     """A policy's tokenizer beside a reward model's.
 
     Args:
-        tokenizer: The policy's: a transformers fast tokenizer.
+        tokenizer: The policy's: a transformers fast tokenizer, or `TokenBytes` of one that is bound more than once.
         models: What the server serves, from `Client.models()`.
         model: Which of them is asked; by default the first. Of an ensemble, the policy's tokens are sent as text.
         eos_token_ids: What ends the policy's responses; by default its tokenizer's EOS.
@@ -92,7 +92,7 @@ class Binding:
         model: str | Sequence[str] | None = None,
         eos_token_ids: Sequence[int] | None = None,
     ) -> None:
-        self._tokens = TokenBytes(tokenizer)
+        self._tokens = tokenizer if isinstance(tokenizer, TokenBytes) else TokenBytes(tokenizer)
         self.model = model
         self._card = _card(models, model)
         default = [] if self._tokens.eos_id is None else [self._tokens.eos_id]

@@ -14,7 +14,7 @@ import families
 import tiny
 from densereward_client import AsyncClient, BoundClient, Client, InvalidAnswer
 from densereward_client.binding import Binding
-from densereward_client.tokens import byte_alphabet
+from densereward_client.tokens import TokenBytes, byte_alphabet
 from densereward_client.wire import ModelList
 from serving import Json, Server, serving
 
@@ -52,14 +52,11 @@ def models(client: Client) -> ModelList:
     return client.models()
 
 
-_BINDINGS: dict[str, Binding] = {}
+TOKENS = {policy: TokenBytes(tokenizer) for policy, tokenizer in POLICIES.items()}  # a second each for large ones
 
 
 def bindings(policy: str, models: ModelList) -> Binding:
-    """A policy's binding, made once: a large vocabulary takes a second to hash."""
-    if policy not in _BINDINGS:
-        _BINDINGS[policy] = Binding(POLICIES[policy], models, "closed")
-    return _BINDINGS[policy]
+    return Binding(TOKENS[policy], models, "closed")
 
 
 def ids_of(tokenizer: Any, written: str, *, eos: bool = True) -> list[int]:
@@ -70,7 +67,7 @@ def ids_of(tokenizer: Any, written: str, *, eos: bool = True) -> list[int]:
 @pytest.mark.parametrize("model", ["closed", "bare"])
 @pytest.mark.parametrize("policy", list(POLICIES))
 def test_every_token_is_rewarded_and_sums_are_kept(policy: str, model: str, client: Client) -> None:
-    bound = client.bind(POLICIES[policy], model=model)
+    bound = client.bind(TOKENS[policy], model=model)
     texts = ["Thank you, it was good.", "Zürich: 東京 😀!", "a\tb\n\x07", ""]
     eos = POLICIES[policy].eos_token_id is not None
     samples: list[Json] = [
@@ -91,7 +88,7 @@ def test_ids_are_sent_as_they_are_where_the_tokens_are_the_same(client: Client, 
     tokenizer = POLICIES["tiny"]
     binding = Binding(tokenizer, models, "closed")
     assert binding.same_tokens
-    assert not Binding(POLICIES["qwen"], models, "closed").same_tokens
+    assert not Binding(TOKENS["qwen"], models, "closed").same_tokens
     ids = ids_of(tokenizer, "Thank you")
     sent = binding.bind({"messages": MESSAGES, "response_token_ids": ids}).sample
     assert (sent.response_token_ids, sent.response, sent.finished) == (ids, None, True)
@@ -108,7 +105,7 @@ def test_what_closing_tokens_add_is_the_reward_of_the_policys_eos(policy: str, c
     written = "Thank you, it was good."
     ids = ids_of(POLICIES[policy], written)
     sample = {"messages": MESSAGES, "response_token_ids": ids}
-    item = client.bind(POLICIES[policy], model="closed").token_rewards([sample], methods=["red"]).data[0]
+    item = client.bind(TOKENS[policy], model="closed").token_rewards([sample], methods=["red"]).data[0]
     plain = {"messages": MESSAGES, "response": written}
     direct = client.token_rewards([plain], methods=["red"], include=["prefix_scores"], model="closed").data[0]
     assert item.reward == pytest.approx(direct.reward, abs=1e-5)
@@ -125,7 +122,7 @@ def test_an_eos_that_is_not_how_closing_tokens_begin_stands_for_them_all(client:
     direct = client.token_rewards(
         [{"messages": MESSAGES, "response_token_ids": closed}], methods=METHODS, model="closed"
     ).data[0]
-    bound = client.bind(POLICIES["tiny"], model="closed", eos_token_ids=[other_eos])
+    bound = client.bind(TOKENS["tiny"], model="closed", eos_token_ids=[other_eos])
     sample = {"messages": MESSAGES, "response_token_ids": [*ids, other_eos, other_eos]}
     item = bound.token_rewards([sample], methods=METHODS).data[0]
     assert item.reward == pytest.approx(direct.reward, abs=1e-6)
@@ -229,20 +226,20 @@ def test_a_prompt_in_the_policys_special_tokens_is_refused_where_those_mean_noth
     assert binding.bind(sample).sample.prompt == "How was it?"
     with pytest.raises(ValueError, match="hold the policy's special tokens"):
         binding.bind(sample | {"prompt_token_ids": [tokenizer.eos_token_id, *plain]})
-    same = Binding(POLICIES["tiny"], models, "closed")
+    same = Binding(TOKENS["tiny"], models, "closed")
     ids = ids_of(POLICIES["tiny"], "How")
     assert same.bind({"prompt_token_ids": ids, "response_token_ids": ids}).sample.prompt_token_ids == ids
 
 
 def test_what_is_not_given_as_ids_is_refused(models: ModelList, client: Client) -> None:
     with pytest.raises(ValueError, match="give the response as response_token_ids"):
-        Binding(POLICIES["tiny"], models).bind({"prompt": "a", "response": "b"})
+        Binding(TOKENS["tiny"], models).bind({"prompt": "a", "response": "b"})
     with pytest.raises(ValueError, match="has no model 'lost'; there are closed, bare"):
-        client.bind(POLICIES["tiny"], model="lost")
+        client.bind(TOKENS["tiny"], model="lost")
 
 
 def test_an_ensemble_gets_text_since_its_models_have_other_tokens(client: Client) -> None:
-    bound = client.bind(POLICIES["tiny"], model=["closed", "bare"])
+    bound = client.bind(TOKENS["tiny"], model=["closed", "bare"])
     assert not bound.binding.same_tokens
     ids = ids_of(POLICIES["tiny"], "Thank you")
     item = bound.token_rewards([{"prompt": "How?", "response_token_ids": ids}], methods=["red"]).data[0]
@@ -251,7 +248,7 @@ def test_an_ensemble_gets_text_since_its_models_have_other_tokens(client: Client
 
 
 def test_a_server_whose_model_was_replaced_is_noticed(models: ModelList) -> None:
-    binding = Binding(POLICIES["tiny"], models, "closed")
+    binding = Binding(TOKENS["tiny"], models, "closed")
     assert not binding.is_known("fp-1")
     binding.compare(models, "fp-1")
     assert binding.is_known("fp-1")
@@ -262,7 +259,7 @@ def test_a_server_whose_model_was_replaced_is_noticed(models: ModelList) -> None
 
 
 def test_rewards_of_sequences_are_those_of_their_tokens(client: Client) -> None:
-    bound = client.bind(POLICIES["tiny"], model="bare")
+    bound = client.bind(TOKENS["tiny"], model="bare")
     responses = [ids_of(POLICIES["tiny"], written) for written in ("Thank you", "a\n😀")]
     samples = [{"prompt": "How?", "response_token_ids": ids} for ids in responses]
     rewards = [item.reward for item in bound.rewards(samples).data]
@@ -301,8 +298,8 @@ def test_lists_of_another_length_than_the_ids_are_refused(name: str, models: Mod
 @pytest.mark.parametrize("policy", ["tiny", "tiny sentencepiece", "qwen"])
 def test_what_follows_the_first_eos_gets_nothing_and_changes_nothing(policy: str, model: str, client: Client) -> None:
     ids = ids_of(POLICIES[policy], "Thank you")
-    padding = min(Binding(POLICIES[policy], client.models(), model)._tokens.special - {ids[-1]}, default=ids[-1])
-    bound = client.bind(POLICIES[policy], model=model)
+    padding = min(Binding(TOKENS[policy], client.models(), model)._tokens.special - {ids[-1]}, default=ids[-1])
+    bound = client.bind(TOKENS[policy], model=model)
     plain = bound.token_rewards([{"prompt": "How?", "response_token_ids": ids}], methods=METHODS).data[0]
     for behind in ([ids[-1]] * 3, [padding] * 2, [ids[-1], padding]):
         sample = {"prompt": "How?", "response_token_ids": [*ids, *behind]}
@@ -332,7 +329,7 @@ def test_special_tokens_at_the_end_that_are_no_eos_are_named(client: Client) -> 
     ids = ids_of(POLICIES["qwen"], "Thank you", eos=False)
     start = POLICIES["qwen"].convert_tokens_to_ids("<|im_start|>")
     eos = POLICIES["qwen"].eos_token_id
-    bound = client.bind(POLICIES["qwen"], model="closed")
+    bound = client.bind(TOKENS["qwen"], model="closed")
     ends, within = (
         bound.token_rewards([{"messages": MESSAGES, "response_token_ids": each}], methods=["red"]).data[0].warnings
         for each in ([*ids, start], [*ids, eos, *ids])
