@@ -156,7 +156,9 @@ def test_its_remote_url_gets_one_reward_for_each_response(
     for reward, case in zip(made["rewards"], cases, strict=True):
         prompt = ids_of(tokenizer, case["prompt"], ended=False)
         text = tokenizer.decode([*prompt, *case["turns"][0]]).removeprefix(case["prompt"])
-        item = client.rewards([{"prompt": case["prompt"], "response": text}]).data[0]
+        ended, written = text.endswith(tokenizer.eos_token), text.removesuffix(tokenizer.eos_token)
+        sample = {"prompt": case["prompt"], "response": written, "finished": ended}
+        item = client.rewards([sample]).data[0]
         assert np.ravel(reward) == pytest.approx([item.reward], abs=1e-5)
     assert len(made["made"]["returns"]) == len(cases)
 
