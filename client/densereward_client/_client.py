@@ -283,8 +283,8 @@ class BoundClient:
     ) -> TokenRewardsResponse:
         """As `Client.token_rewards`, with `len(token_rewards[method]) == len(response_token_ids)` for every sample.
 
-        A sample without `finished` has ended by itself if its last id is an EOS. Prompts are best given as
-        `messages`, which the reward model's own template writes, or as `prompt`.
+        A sample without `finished` has ended by itself if it ends with an EOS, whatever padding follows. Prompts are
+        best given as `messages`, which the reward model's own template writes, or as `prompt`.
 
         Raises:
             ValueError: The request is wrong; nothing was sent.

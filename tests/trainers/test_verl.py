@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
@@ -113,8 +112,6 @@ def test_the_reward_manager_gives_one_number_at_the_last_token(
 def test_its_own_reward_loop_can_ask_the_server_as_it_asks_vllm(
     tmp_path: Path, server: Server, client: Client, job: Json
 ) -> None:
-    if httpx.post(f"{server.url}/classify", json={}, trust_env=False).status_code == 404:
-        pytest.skip("this server has no /classify")
     made = ask("verl", tmp_path, job | {"do": "classify"})
     sample = {"messages": DIALOGUE, "response": ANSWERS[0]}
     expected = client.rewards([sample]).data[0].reward

@@ -124,7 +124,7 @@ class Rewarder:
         client = AsyncClient(self._base_url, **self._client_options)
         try:
             bound = await client.bind(tokenizer, model=self._model, eos_token_ids=self._eos_token_ids)
-        except BaseException:
+        except BaseException:  # a cancelled task, too, leaves no connections open
             await client.aclose()
             raise
         self._client = client
