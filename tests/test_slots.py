@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from densereward.capture import Span
 from densereward.errors import EngineFailure, InvalidRequest
 from densereward.methods.base import Credit, Params
-from densereward.slots import Slots, place, slot_boundaries, spread
+from densereward.slots import Slots, place, slot_boundaries, slots_of, spread
+from densereward_client.wire import Sample
 
 
 def naive_spread(values: list[float], sources: list[Span], targets: list[Span]) -> list[float]:
@@ -164,3 +166,23 @@ def test_sums_survive_every_mix_and_mask(
     )
     if kept is not None:
         assert not rewards[[i for i in range(len(values)) if i not in kept]].any()
+
+
+@pytest.mark.parametrize(
+    ("sample", "code"),
+    [
+        ({"response_token_ids": [5, 6], "response_mask": [1]}, "length_mismatch"),
+        ({"response_token_ids": [5, 6], "weights": [1.0]}, "length_mismatch"),
+        ({"response_token_ids": [5, 6], "token_entropies": [1.0]}, "length_mismatch"),
+        ({"response_token_ids": [5, 6], "response_mask": [0, 0]}, "empty_mask"),
+        ({"response": "ab", "response_spans": [(0, 1), (0, 2)]}, "invalid_spans"),
+        ({"response": "ab", "response_spans": [(0, 3)]}, "invalid_spans"),
+        ({"response": "ab", "response_spans": [(1, 0)]}, "invalid_spans"),
+        ({"response": "ab", "response_spans": []}, "invalid_spans"),
+        ({"response": "ab", "response_spans": [(0, 2)], "response_mask": [1, 1]}, "length_mismatch"),
+    ],
+)
+def test_lists_that_name_other_slots_than_there_are_are_refused(sample: dict[str, Any], code: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        slots_of(Sample(prompt="", **sample), 2)
+    assert refused.value.error_code == code

@@ -16,8 +16,9 @@ from jaxtyping import Float32, Float64
 from densereward.capture import Span
 from densereward.errors import EngineFailure, InvalidRequest
 from densereward.methods.base import Credit, Params
+from densereward_client.wire import Sample
 
-__all__ = ["Placed", "Slots", "check_sum", "place", "slot_boundaries", "spread"]
+__all__ = ["Placed", "Slots", "check_sum", "place", "slot_boundaries", "slots_of", "spread"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,50 @@ class Placed:
     baseline: float
     scale: float = 1.0
     clipped: float = 0.0
+
+
+def slots_of(sample: Sample, response_length: int) -> Slots:
+    """Where the rewards go, once every list that names slots has been found to have their number.
+
+    Args:
+        sample: as the trainer sent it.
+        response_length: T.
+
+    Raises:
+        InvalidRequest: a list has another number of entries, or spans that are none.
+    """
+    spans = sample.response_spans
+    if spans is not None:
+        _check_spans(spans, len((sample.response or "").encode()), response_length)
+    count = response_length if spans is None else len(spans)
+    for name in ("response_mask", "weights", "token_entropies"):
+        values = getattr(sample, name)
+        if values is not None and len(values) != count:
+            unit = "the response's tokens" if spans is None else "response_spans"
+            raise InvalidRequest(
+                f"{name} has {len(values)} entries for {count} {unit}",
+                code="length_mismatch",
+                field=name,
+                given=len(values),
+                expected=count,
+            )
+    kept = None if sample.response_mask is None else [i for i, keep in enumerate(sample.response_mask) if keep]
+    return Slots(count, spans, kept)
+
+
+def _check_spans(spans: Sequence[Span], size: int, response_length: int) -> None:
+    if response_length and not spans:
+        raise InvalidRequest("response_spans is empty", code="invalid_spans", field="response_spans")
+    reached = 0
+    for i, (start, stop) in enumerate(spans):
+        if not reached <= start <= stop <= size:
+            raise InvalidRequest(
+                f"response_spans[{i}] = [{start}, {stop}] must lie in order, without overlap, within the response's "
+                f"{size} UTF-8 bytes",
+                code="invalid_spans",
+                field="response_spans",
+            )
+        reached = stop
 
 
 def place(credit: Credit, reward: float, params: Params, slots: Slots, token_spans: Sequence[Span] | None) -> Placed:
