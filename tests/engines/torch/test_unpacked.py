@@ -129,21 +129,6 @@ def test_what_ends_a_text_is_not_written_twice(tmp_path: Path) -> None:
         assert list(aligner.align(sample).sequence.token_ids[-3:]) == [5, 6, 2]
 
 
-def test_no_layers_weights_are_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, _ = opened(tiny.save_encoder(tmp_path, "bert"))
-    assert isinstance(engine, UnpackedEngine)
-    kept: list[torch.Tensor] = []
-    scored = UnpackedEngine._scored_rows
-
-    def watched(self: UnpackedEngine, given: Any, index: int, sequence: ScoringInput) -> Any:
-        kept.extend(given)
-        return scored(self, given, index, sequence)
-
-    monkeypatch.setattr(UnpackedEngine, "_scored_rows", watched)
-    engine.forward([ScoringInput([3] * 100, 5, 94, 99, needs=frozenset([AttentionRow(0)]))])
-    assert {tuple(each.shape) for each in kept} == {(1, 4, 1, 100)}
-
-
 def test_a_score_that_is_not_read_at_the_first_position_has_no_row(tmp_path: Path) -> None:
     tiny.save_encoder(tmp_path, "modernbert", classifier_pooling="mean")
     engine, _ = opened(tmp_path)

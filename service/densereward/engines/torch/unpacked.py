@@ -7,8 +7,7 @@ closed are sequences of their own (`EngineFacts.reencodes`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -34,13 +33,12 @@ from densereward.engines.base import TOLERANCE
 from densereward.engines.torch.exact import all_in_float32
 from densereward.engines.torch.facts import facts_of
 from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_scorer
+from densereward.engines.torch.own_attention import OwnAttention, failures
+from densereward.engines.torch.probes import gives_rows, has_fused, is_causal
 from densereward.errors import EngineFailure, ModelError
 from densereward.heads.base import ScoreHead
 
 __all__ = ["UnpackedEngine"]
-
-_PROBE = 8
-"""Tokens on which a model is asked what it gives and what its score is read from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,6 @@ class UnpackedEngine:
         if head.gate is not None:
             raise ModelError(why)
         model.requires_grad_(False)
-        self._model: Any = model
         self._head = head
         self._whole = head.pooling == "text"
         if self._whole:
@@ -97,11 +94,12 @@ class UnpackedEngine:
             reads_pairs=self._whole,
             reencodes=True,
         )
-        self._has_fused = _has_fused(model)
+        self._attention = OwnAttention(model, whole=self._whole, fused=has_fused(model))
         try:
-            if not self._whole and not self._is_causal():
+            if not self._whole and not is_causal(self._scores_alone, TOLERANCE[self.facts.dtype]):
                 raise ModelError(f"{why}, and its tokens look ahead, so that how it reads a dialogue is not known")
-            self._rows = head.pooling != "mean" and head.unit == "sequence" and self._gives_rows()
+            reads_once = head.pooling != "mean" and head.unit == "sequence"
+            self._rows = reads_once and gives_rows(self._attention, facts.layers)
         except EngineFailure as failure:
             advice = "" if self.facts.dtype == "float32" else "; try --dtype float32"
             raise ModelError(f"it does not run in {self.facts.dtype}: {failure.message}{advice}") from failure
@@ -149,7 +147,7 @@ class UnpackedEngine:
             EngineFailure: a pass failed.
         """
         captured: dict[int, Captured] = {}
-        with torch.inference_mode(), _failures():
+        with torch.inference_mode(), failures():
             for indices in self._batches(batch):
                 reads = self._run([batch[i] for i in indices])
                 captured |= {i: self._captured(batch[i], read) for i, read in zip(indices, reads, strict=True)}
@@ -161,7 +159,7 @@ class UnpackedEngine:
         Raises:
             EngineFailure: the pass failed.
         """
-        with torch.inference_mode(), _failures():
+        with torch.inference_mode(), failures():
             return self._captured(sequence, self._run([sequence], eager=True)[0])
 
     def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:
@@ -170,12 +168,12 @@ class UnpackedEngine:
         Raises:
             EngineFailure: the model cannot be run so.
         """
-        with all_in_float32(self._model):
+        with all_in_float32(self._attention.model):
             return self.forward(batch)
 
     def close(self) -> None:
         """Drop the model and give its memory back."""
-        self._model = None
+        self._attention.model = None
         torch.cuda.empty_cache()
 
     def _batches(self, batch: Sequence[ScoringInput]) -> Iterator[list[int]]:
@@ -201,8 +199,7 @@ class UnpackedEngine:
     def _run(self, batch: Sequence[ScoringInput], *, eager: bool = False) -> list[_Read]:
         """One pass."""
         wanted = any(map(_wants_rows, batch))
-        with self._attention(eager=eager or wanted):
-            output = self._model_output(batch, rows=wanted)
+        output = self._attention.output(batch, rows=wanted, eager=eager)
         if self._whole:
             scores: Tensor = output.logits.float()
         else:
@@ -211,25 +208,9 @@ class UnpackedEngine:
         rows = [self._scored_rows(output.attentions, i, each) if wanted else None for i, each in enumerate(batch)]
         return [_Read(on_host[i], rows[i]) for i in range(len(batch))]
 
-    def _model_output(self, batch: Sequence[ScoringInput], *, rows: bool) -> Any:
-        longest = max(len(sequence.token_ids) for sequence in batch)
-        pad = self._model.config.get_text_config().pad_token_id or 0
-        ids, mask = np.full((len(batch), longest), pad, dtype=np.int64), np.zeros((len(batch), longest), dtype=np.int64)
-        types = np.zeros_like(ids)
-        for i, sequence in enumerate(batch):
-            length = len(sequence.token_ids)
-            ids[i, :length], mask[i, :length] = sequence.token_ids, 1
-            types[i, sequence.prompt_length : length] = 1
-        given = {"input_ids": ids}
-        if self._whole:
-            given["attention_mask"] = mask
-            if (getattr(self._model.config, "type_vocab_size", 0) or 0) > 1:
-                given["token_type_ids"] = types
-        model = self._model if self._whole else self._model.base_model
-        moved = {name: torch.from_numpy(each).to(self._model.device) for name, each in given.items()}
-        place = 0 if self._whole else batch[0].scored_position  # which all of equal length share
-        with _only_rows(self._model, place) if rows else nullcontext():
-            return model(**moved, output_attentions=rows, **({} if self._whole else {"use_cache": False}))
+    def _scores_alone(self, sequence: ScoringInput) -> Float32[np.ndarray, " _"]:
+        with torch.inference_mode(), failures():
+            return self._run([sequence])[0].scores
 
     def _scores(self, hidden: Tensor) -> Float32[Tensor, " S"]:
         """Of every position of one sequence."""
@@ -260,106 +241,9 @@ class UnpackedEngine:
             attention_rows={} if read.rows is None else {layer: read.rows[layer][start:stop] for layer in wanted},
         )
 
-    @contextmanager
-    def _attention(self, *, eager: bool) -> Iterator[None]:
-        """Transformers' fused attention where the model has it and its weights are not asked for."""
-        if self._has_fused:
-            self._model.set_attn_implementation("eager" if eager else "sdpa")
-        yield
-
-    def _is_causal(self) -> bool:
-        """Whether no position's score changes with the tokens behind it."""
-        one, other = ([*range(_PROBE - 1), last] for last in (0, _PROBE))
-        with torch.inference_mode(), _failures():
-            first, second = (
-                self._run([ScoringInput(ids, 2, _PROBE - 2, _PROBE - 1)])[0].scores[:-1] for ids in (one, other)
-            )
-        return bool(np.allclose(first, second, atol=TOLERANCE[self.facts.dtype] * max(1, np.abs(first).max()) / 10))
-
-    def _gives_rows(self) -> bool:
-        """Whether the model gives attention weights in every layer, and the score is read at one known place."""
-        probe = ScoringInput(range(_PROBE), 2, _PROBE - 2, _PROBE - 1)
-        with torch.inference_mode(), _failures(), self._attention(eager=True):
-            given = self._model_output([probe], rows=True).attentions
-        if not given or len(given) != self.facts.layers or any(each is None for each in given):
-            return False
-        shape = (1, self._model.config.get_text_config().num_attention_heads, 1, _PROBE)
-        if any(each.shape != shape or not _are_shares(each) for each in given):
-            return False
-        return not self._whole or self._reads_first(probe)
-
-    def _reads_first(self, probe: ScoringInput) -> bool:
-        """Whether the label is made of the first position's hidden state and of no other's."""
-        base = self._model.base_model
-        pooled_inside = getattr(base, "encoder", base)  # some models pool in what stands round their encoder
-        gradient = self._gradient_at(base, probe)
-        if gradient is None:
-            gradient = self._gradient_at(pooled_inside, probe)
-        return gradient is not None and bool((gradient[0, 1:] == 0).all())
-
-    def _gradient_at(self, module: Any, probe: ScoringInput) -> Tensor | None:
-        """The score's gradient at the hidden states that a module gives; None where it is not made of those."""
-        given: list[Tensor] = []
-
-        def keep(_module: Any, _given: Any, output: Any) -> Any:
-            given.append(output[0].detach().requires_grad_())
-            output["last_hidden_state"] = given[0]
-            return output
-
-        handle = module.register_forward_hook(keep)
-        try:
-            with torch.enable_grad():
-                score = self._model_output([probe], rows=False).logits.sum()
-            return torch.autograd.grad(score, given[0])[0] if score.requires_grad else None
-        finally:
-            handle.remove()
-
 
 def _wants_rows(sequence: ScoringInput) -> bool:
     return any(isinstance(need, AttentionRow) for need in sequence.needs)
-
-
-def _are_shares(row: Tensor) -> bool:
-    """Whether weights are what attention gives to all the keys there are; sinks may take some of it."""
-    total = row.float().sum(dim=-1)
-    return bool((row >= 0).all() and (total > 0.01).all() and (total < 1.01).all())
-
-
-@contextmanager
-def _only_rows(model: Any, place: int) -> Iterator[None]:
-    """Attention weights are cut to one query's as soon as a layer has made them: S x S is never kept for all layers."""
-
-    def cut(each: Any) -> Any:
-        if isinstance(each, Tensor) and each.ndim == 4 and each.shape[2] > 1:
-            return each[:, :, place : place + 1].clone()
-        return each
-
-    def cutting(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*given: Any, **named: Any) -> Any:
-            output = forward(*given, **named)
-            return tuple(map(cut, output)) if isinstance(output, tuple) else output
-
-        return run
-
-    # Not by hooks: what transformers collects, it takes from `forward` itself.
-    modules = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
-    for module in modules:
-        module.forward = cutting(module.forward)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
-
-
-def _has_fused(model: Any) -> bool:
-    """Whether the model can run in torch's fused attention; it is left in eager attention."""
-    with suppress(ValueError, ImportError):
-        model.set_attn_implementation("sdpa")
-    found = bool(model.config._attn_implementation == "sdpa")
-    if found:
-        model.set_attn_implementation("eager")
-    return found
 
 
 def _widen_head(model: Any) -> None:
@@ -380,20 +264,3 @@ def _positions(model: Any) -> int:
         return 2**31
     unused = 0 if embeddings.padding_idx is None else embeddings.padding_idx + 1
     return int(embeddings.num_embeddings - unused)
-
-
-@contextmanager
-def _failures() -> Iterator[None]:
-    """What torch raises, as what an engine raises.
-
-    Raises:
-        EngineFailure: torch failed.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise EngineFailure(
-            "the device's memory is too small for this sequence; set --max-length lower", code="out_of_memory"
-        ) from error
-    except (RuntimeError, IndexError) as error:
-        raise EngineFailure(f"the forward pass failed: {error}") from error
