@@ -1,6 +1,7 @@
 """A thin client for the densereward reward-model server: httpx, pydantic and numpy, never torch."""
 
-from ._client import AsyncBoundClient, AsyncClient, BoundClient, Client
+from ._bound import AsyncBoundClient, BoundClient
+from ._client import AsyncClient, Client
 from ._errors import (
     BadRequest,
     ConnectionFailed,

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._client import AsyncBoundClient, AsyncClient
+from .._bound import AsyncBoundClient
+from .._client import AsyncClient
 from ..tensors import row_of
 from ..wire import MethodRequest, Sample, SampleTokenRewards
 

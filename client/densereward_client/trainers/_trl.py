@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._bound import BoundClient
 from .._call import Truncate
-from .._client import BoundClient
 from .._errors import InvalidAnswer
 
 if TYPE_CHECKING:

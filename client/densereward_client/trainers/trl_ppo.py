@@ -22,8 +22,8 @@ import torch
 import trl
 from torch import nn
 
+from .._bound import BoundClient
 from .._call import Truncate
-from .._client import BoundClient
 from ._trl import Method, Row, Scorer, prompt_of, rollouts, unpadded
 
 TRIED = "1.12.0"
