@@ -2,6 +2,7 @@
 
     plan       its methods are read, and what they need of the forward pass                (plans.py)
     align      each sample becomes ids, with the response's place and the closing tokens   (align.py)
+    further    what its methods want scored beside it: variants, closed prefixes           (further.py)
     batch      sequences of all callers wait together for the engine                       (batcher.py)
     engine     one forward pass keeps the scores and attention rows that were asked for    (engines/, heads/)
     method     each method turns them into rewards on the model's tokens                   (methods/)
@@ -15,7 +16,6 @@ it; both run in threads, off the event loop.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -25,18 +25,19 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from densereward import __version__
 from densereward.align import Aligned, Aligner
 from densereward.answer import envelope, error_item, reward_item, token_rewards_item
 from densereward.batcher import Batcher, Scored
-from densereward.capture import PREFIX_MODES, Captured, Need, PrefixScores, ScoringInput
+from densereward.capture import Captured, Need
+from densereward.card import card_of, fingerprint_of
 from densereward.engines.base import TOLERANCE, Engine
-from densereward.errors import DenseRewardError, EngineFailure, InvalidRequest, TooLarge
+from densereward.errors import DenseRewardError, EngineFailure
+from densereward.further import check_further, with_further
 from densereward.metrics import Metrics
-from densereward.plans import Plan, availability, boundaries_of, needs_of, plan
-from densereward.reencoding import apart, together, tokens_apart
+from densereward.plans import Plan, needs_of, plan
+from densereward.reencoding import together
 from densereward.spread import Spread
-from densereward_client.wire import Message, ModelCard, RewardsRequest, Sample, TokenRewardsRequest
+from densereward_client.wire import Message, RewardsRequest, Sample, TokenRewardsRequest
 
 __all__ = ["Pipeline", "Samples", "Scorer", "Scores", "Work", "answer_to"]
 
@@ -128,8 +129,8 @@ class Pipeline:
         self._batcher = batcher
         self._metrics = metrics
         self.spread = Spread(TOLERANCE[engine.facts.dtype])
-        self.card = self._card()
-        self.fingerprint = self._fingerprint()
+        self.card = card_of(name, engine, aligner)
+        self.fingerprint = fingerprint_of(self.card, engine, aligner)
         self.closing_text = self.card.closing_text
 
     async def close(self) -> None:
@@ -230,7 +231,7 @@ class Pipeline:
                 continue
             aligned.append(part)
             tokens += sum(each.forward_tokens for each in part.further)
-            self._check_variants(index + 1, tokens)
+            check_further(index + 1, tokens, self._batcher.max_queue_tokens)
         return aligned
 
     def _align_one(
@@ -239,55 +240,9 @@ class Pipeline:
         if isinstance(sample, DenseRewardError):
             raise sample
         aligned = self._aligner.align(sample, needs, truncate=truncate)
-        for each in plans:
-            each.method.check(aligned.response)
-        boundaries = boundaries_of(plans, aligned.response)
-        sequence = aligned.sequence if boundaries is None else replace(aligned.sequence, boundaries=boundaries)
-        variants = [self._variants(sample, aligned, each) for each in plans]
-        if not self._engine.facts.reencodes:
-            return replace(aligned, sequence=sequence, variants=variants)
-        self._check_prefixes(tokens_apart(sequence))
-        sequence, prefixes = apart(sequence)
-        return replace(aligned, sequence=sequence, variants=variants, prefixes=prefixes)
-
-    def _variants(self, sample: Sample, aligned: Aligned, plan: Plan) -> list[ScoringInput]:
-        """What a method needs to be scored beside the response itself."""
-        response = aligned.response
-        asked = plan.method.variants(response, plan.params) if response.length else ()
-        variants = [aligned.sequence.with_response(ids, finished=response.finished) for ids in asked]
-        if not all(each.token_ids for each in variants):
-            raise InvalidRequest(
-                f"{plan.key} leaves out all of the response, and without a prompt or closing tokens nothing is left to "
-                "score; give a prompt",
-                code="empty_variant",
-            )
-        told = plan.method.instructions(plan.params) if response.length else ()
-        variants += [self._aligner.instructed(sample, aligned.sequence, each) for each in told]
-        for each in variants:
-            self._aligner.check_length(each)
-        return variants
-
-    def _check_prefixes(self, tokens: int) -> None:
-        """Refuse a sample whose prefixes are more than the queue can hold, before they are made."""
         limit = self._batcher.max_queue_tokens
-        if tokens > limit:
-            raise TooLarge(
-                f"each closed prefix is a sequence of its own to this model: {tokens} tokens, and the queue holds "
-                f"{limit}; take a larger `stride`, or a shorter response",
-                tokens=tokens,
-                limit=limit,
-            )
-
-    def _check_variants(self, samples: int, tokens: int) -> None:
-        """Refuse a request as soon as its variants are more than the queue can hold, before more of them are made."""
-        limit = self._batcher.max_queue_tokens
-        if tokens > limit:
-            raise TooLarge(
-                f"what is scored beside the first {samples} samples holds {tokens} tokens and the queue {limit}; send "
-                "fewer samples at once, or take larger units or fewer orders",
-                tokens=tokens,
-                limit=limit,
-            )
+        reencodes = self._engine.facts.reencodes
+        return with_further(aligned, sample, plans, self._aligner, reencodes=reencodes, limit=limit)
 
     def _checked(self, work: Work, index: int, result: Outcome | DenseRewardError) -> Outcome | DenseRewardError:
         result = _finite(result)
@@ -316,34 +271,6 @@ class Pipeline:
             )
         except EngineFailure as error:
             return error_item(index, _in_its_place(error, index, sample, work.request))
-
-    def _card(self) -> ModelCard:
-        facts, aligner = self._engine.facts, self._aligner
-        return ModelCard(
-            id=self.name,
-            family=facts.family,
-            head=facts.head,
-            engine=facts.engine,
-            dtype=facts.dtype,
-            max_length=aligner.max_length,
-            closing_token_ids=aligner.closing_ids,
-            closing_text=aligner.closing_text,
-            adds_bos=aligner.adds_bos,
-            step_cut=None if facts.steps is None else facts.steps.cut,
-            step_separator=None if facts.steps is None else facts.steps.separator,
-            notice=facts.notice,
-            prefix_modes=[mode for mode in PREFIX_MODES if PrefixScores(mode) in self._engine.provides],
-            tokenizer_fingerprint=aligner.vocabulary.fingerprint,
-            template_fingerprint=None if aligner.template is None else aligner.template.fingerprint,
-            methods=availability(self._engine),
-        )
-
-    def _fingerprint(self) -> str:
-        card = self.card
-        model = (self._engine.facts.weights_fingerprint, card.dtype, card.engine, card.head, __version__)
-        written = (self._engine.facts.unit, self._engine.facts.steps, *self._aligner.frame)
-        identity = (*model, *written, card.tokenizer_fingerprint, card.template_fingerprint, card.closing_token_ids)
-        return f"fp-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
 
 
 def _outcome(
