@@ -40,9 +40,9 @@ def create_app(settings: ServerSettings, on_failure: Callable[[], None] = lambda
 
     Args:
         settings: every knob.
-        on_failure: called when the model cannot be served; `app.state.service.failure` then says why.
+        on_failure: called when the model cannot be served, or no longer can; `app.state.service.failure` then says why.
     """
-    service = Service(settings)
+    service = Service(settings, on_death=on_failure)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -19,7 +19,7 @@ from densereward.errors import EngineFailure, NotReady, Overloaded, TooLarge
 from densereward.lines import Lines, Scored, Waiting
 from densereward.metrics import Metrics
 
-__all__ = ["Batcher", "Scored"]
+__all__ = ["Batcher", "Scored", "as_failure"]
 
 _MANY = 512
 """Sequences of one call that are priced in a thread."""
@@ -57,6 +57,7 @@ class Batcher:
             Overloaded: the queue has no room now.
             TooLarge: it never will have.
             NotReady: the server is shutting down.
+            EngineDied: nothing can be scored any more.
         """
         if len(sequences) > _MANY:  # pricing them would hold the loop for long
             prices = await asyncio.to_thread(self._priced, sequences)
@@ -76,7 +77,7 @@ class Batcher:
     def _priced(self, sequences: Sequence[ScoringInput]) -> list[Price]:
         """What each adds to a batch; a prompt that several begin with is kept once."""
         prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
-        return [price(sequence, prompts, shares=not self._engine.facts.reencodes) for sequence in sequences]
+        return [price(sequence, prompts, shares=self._engine.facts.shares_prompts) for sequence in sequences]
 
     def _waiting(self, sequences: Sequence[ScoringInput], prices: Sequence[Price]) -> list[Waiting]:
         """The sequences with what each adds to a batch, and to the queue: there, too, a prompt counts once a call."""
@@ -131,7 +132,7 @@ class Batcher:
         try:
             captured = await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.forward, sequences)
         except Exception as error:  # whatever it is, the queue must go on
-            failure = _as_failure(error)
+            failure = as_failure(error)
         else:
             self._deliver(batch, captured, started)
             return
@@ -192,7 +193,7 @@ def _scored_or_failure(result: Scored | BaseException) -> Scored | EngineFailure
     raise result
 
 
-def _as_failure(error: Exception) -> EngineFailure:
+def as_failure(error: BaseException) -> EngineFailure:
     """The failure by its message alone: a traceback would keep the pass's tensors alive."""
     if isinstance(error, EngineFailure):
         return EngineFailure(error.message, code=error.error_code, **error.details)

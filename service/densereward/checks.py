@@ -20,7 +20,7 @@ from densereward.errors import EngineFailure, ModelError
 from densereward.selfcheck import self_check
 from densereward.settings import ALLOWABLE
 
-__all__ = ["Finding", "drift", "examine", "refuse"]
+__all__ = ["Finding", "compared", "drift", "examine", "refuse"]
 
 Status = Literal["ok", "warning", "fail", "allowed"]
 
@@ -213,6 +213,22 @@ def drift(engine: Engine, exact: Engine) -> Finding:
     """
     sequences = _sequences(engine)
     return _moved(engine.facts.dtype, engine.forward(sequences), exact.forward(sequences), "the weights' float32")
+
+
+def compared(engine: Engine, exact: Engine) -> Finding:
+    """How far scores, prefix scores and attention lie from another engine's.
+
+    Args:
+        engine: as it is to be served.
+        exact: the torch engine with the same model in float32.
+    """
+    kinds: frozenset[Need] = frozenset([PrefixScores("open"), AttentionRow(-1)])
+    needs = kinds & engine.provides & exact.provides
+    asked = [replace(each, needs=needs) for each in _sequences(engine)]
+    moved = max(_apart(one, two) for one, two in zip(engine.forward(asked), exact.forward(asked), strict=True))
+    limit = TOLERANCE[engine.facts.dtype]
+    text = f"scores, prefix scores and attention differ by at most {moved:.1g} from the torch engine's in float32"
+    return Finding("parity", "ok" if moved <= limit else "fail", f"{text}; {limit:g} is allowed")
 
 
 def _moved(dtype: str, here: Sequence[Captured], there: Sequence[Captured], what: str) -> Finding:

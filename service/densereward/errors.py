@@ -12,6 +12,7 @@ DenseRewardError
 |-- ClientGone                499  nobody is left to answer
 |-- EngineFailure             500
 |-- NotReady                  503  loading or draining, with Retry-After
+|-- EngineDied                503  the engine's process ended, with Retry-After
 |-- DeadlineExceeded          504
 `-- ModelError                     at start-up: a model that would answer wrong numbers is not served
     `-- CannotPack                 its sequences would read each other in one row
@@ -26,6 +27,7 @@ __all__ = [
     "ClientGone",
     "DeadlineExceeded",
     "DenseRewardError",
+    "EngineDied",
     "EngineFailure",
     "InvalidRequest",
     "MalformedJSON",
@@ -143,6 +145,13 @@ class NotReady(_TryLater):
     """The model is still loading, or the server is shutting down."""
 
     code = "not_ready"
+    status = 503
+
+
+class EngineDied(_TryLater):
+    """The engine ended by itself; the server will be another process before anything is scored again."""
+
+    code = "engine_died"
     status = 503
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 __all__ = ["Metrics"]
@@ -15,6 +17,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._engines: list[Callable[[], bytes]] = []
         self._requests = Counter(
             "densereward_requests", "Requests answered.", ["route", "status"], registry=self._registry
         )
@@ -99,10 +102,14 @@ class Metrics:
         self._batch_fill.observe(fill)
         self._forward_seconds.observe(seconds)
 
+    def engine(self, metrics: Callable[[], bytes]) -> None:
+        """An engine that counts for itself; what it says of it is added to what is scraped."""
+        self._engines.append(metrics)
+
     def ready(self, ready: bool) -> None:
         """The server takes requests, or no longer does."""
         self._ready.set(ready)
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
-        return generate_latest(self._registry)
+        return b"".join([generate_latest(self._registry), *(metrics() for metrics in self._engines)])

@@ -87,6 +87,7 @@ def needs_of(plans: Sequence[Plan], request: TokenRewardsRequest, engine: Engine
     if missing := needs - engine.provides:
         if lacking := [each.key for each in plans if each.method.by_pair and each.method.needs(each.params) & missing]:
             raise MethodUnavailable(f"{', '.join(lacking)}: {_WITHOUT_PAIR}", field="methods")
+        elsewhere = f"; {engine.facts.advice}" if engine.facts.advice else ""
         possible = [name for name, method in availability(engine).items() if method.available]
         hint = (
             " (closed ones it gives, to methods with `prefix_mode` = `closed`)"
@@ -95,7 +96,7 @@ def needs_of(plans: Sequence[Plan], request: TokenRewardsRequest, engine: Engine
         )
         raise MethodUnavailable(
             f"this model cannot give {_listed(missing)}{hint}; with default parameters it can serve "
-            f"{', '.join(possible)}",
+            f"{', '.join(possible)}{elsewhere}",
             field="methods",
             available=possible,
         )
@@ -118,6 +119,8 @@ def availability(engine: Engine) -> dict[str, MethodAvailability]:
         method: Method[Any] = METHODS[name]()
         if missing := method.needs(method.params_type()) - engine.provides:
             reason = _WITHOUT_PAIR if method.by_pair else f"the engine cannot give {_listed(missing)}"
+            if engine.facts.advice and not method.by_pair:
+                reason += f"; {engine.facts.advice}"
             if missing == _OPEN and engine.provides >= _CLOSED:
                 reason = "this model's prefixes are only scored closed: ask with `prefix_mode` = `closed`"
             rows[name] = MethodAvailability(available=False, reason=reason)

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from functools import partial
 
 from densereward.align import Aligner
-from densereward.batcher import Batcher
 from densereward.budget import measure_budget
-from densereward.engines.base import Engine
+from densereward.engines.base import Engine, StreamingEngine
 from densereward.ensemble import EnsemblePipeline
-from densereward.errors import InvalidRequest, ModelError, NotReady, UnknownModel
+from densereward.errors import EngineDied, InvalidRequest, ModelError, NotReady, UnknownModel
 from densereward.methods import METHODS
 from densereward.metrics import Metrics
 from densereward.paired import PairedPipeline, card_beside
 from densereward.pipeline import Pipeline
 from densereward.settings import PAIR, ModelSettings
 from densereward.startup import load, load_pair
+from densereward.stream import queue_for
 from densereward_client.wire import Ensemble, ModelCard, RewardsRequest, TokenRewardsRequest
 
 __all__ = ["Service"]
@@ -33,13 +33,17 @@ class Service:
 
     Args:
         settings: which models, and their limits.
+        on_death: called when an engine has ended by itself; `failure` then says so.
         repeatable: the same samples in the same order get the same digits again. A number's last digits may depend on
             its batch, so no budget is measured and no prompt is kept.
     """
 
-    def __init__(self, settings: ModelSettings, *, repeatable: bool = False) -> None:
+    def __init__(
+        self, settings: ModelSettings, *, on_death: Callable[[], None] = lambda: None, repeatable: bool = False
+    ) -> None:
         self.settings = settings.model_copy(update={"prompt_cache_bytes": 0}) if repeatable else settings
         self._repeatable = repeatable
+        self._on_death = on_death
         self.metrics = Metrics()
         self.draining = False
         self.failure: Exception | None = None
@@ -77,12 +81,15 @@ class Service:
         """Load one model."""
         engine, aligner = await asyncio.to_thread(loading)
         budget = await asyncio.to_thread(self._budget, engine)
-        batcher = Batcher(
+        batcher = queue_for(
             engine,
             max_batch_tokens=budget,
             max_queue_tokens=self.settings.max_queue_tokens,
             metrics=self.metrics,
+            on_death=self._died,
         )
+        if isinstance(engine, StreamingEngine):
+            self.metrics.engine(engine.metrics)
         self.metrics.budget(name, budget)
         if not self.draining:
             facts = engine.facts
@@ -92,9 +99,17 @@ class Service:
 
     def _budget(self, engine: Engine) -> int:
         """What one forward pass may hold, in tokens' worth."""
-        if self.settings.max_batch_tokens is None and not self._repeatable and not self.draining:
+        chosen = self.settings.max_batch_tokens is not None or isinstance(engine, StreamingEngine)
+        if not chosen and not self._repeatable and not self.draining:
             return measure_budget(engine)
         return engine.facts.batch_tokens
+
+    def _died(self, error: EngineDied) -> None:
+        """Take no more requests; a model that is loaded beside the dead one is not served alone."""
+        logger.error(error.message)
+        self.failure = error
+        self.metrics.ready(False)
+        self._on_death()
 
     def drain(self) -> None:
         """Take no new requests; those under way are finished. Takes no lock, so that a signal handler may call it."""
@@ -125,9 +140,12 @@ class Service:
 
         Raises:
             NotReady: they are still being loaded, or the server is shutting down.
+            EngineDied: one of their engines has ended by itself.
         """
         if self.draining:
             raise NotReady("the server is shutting down; try another one", retry_after=1.0, code="draining")
+        if isinstance(self.failure, EngineDied):
+            raise EngineDied(self.failure.message, retry_after=self.failure.retry_after)
         if not self._started:
             raise NotReady(_LOADING.message, retry_after=_LOADING.retry_after)
         pair = [self._pair] if self._pair and "reference" in self.settings.pair_sources else []

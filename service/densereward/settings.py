@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -61,6 +61,14 @@ class ModelSettings(BaseSettings):
         min_length=1,
         description="Folder or hub id of a reward model; `default` is the embedded one. Repeat it to serve several, "
         "as NAME=SOURCE to name them; the first is the one that answers where a request names none.",
+    )
+    engine: Literal["torch", "vllm"] = Field(
+        "torch", description="What runs the reward models: torch does all, vllm what fleets that run vLLM need."
+    )
+    engine_arguments: dict[str, Any] = Field(
+        {},
+        description='Arguments of vLLM\'s engine as a JSON object: {"tensor_parallel_size": 2, '
+        '"gpu_memory_utilization": 0.5}.',
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     model_name: str | None = Field(
@@ -166,6 +174,16 @@ class ModelSettings(BaseSettings):
     def _no_model_is_called_pair(self) -> ModelSettings:
         if self.pair is not None and PAIR in {*self.sources, *self.ensembles}:
             raise ValueError(f"{PAIR!r} is the name of the pair; name the model otherwise, as --model NAME=SOURCE")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_heeds_them(self) -> ModelSettings:
+        """A setting that the engine does not heed would leave the operator in the belief that it does."""
+        if self.engine == "torch" and self.engine_arguments:
+            raise ValueError("engine_arguments are vLLM's; give --engine vllm with them")
+        unheeded = {"head": self.head, "step_separator": self.step_separator, "allow pickle": "pickle" in self.allow}
+        if self.engine == "vllm" and (given := [name for name, value in unheeded.items() if value]):
+            raise ValueError(f"{', '.join(given)}: not with --engine vllm; such models are served by --engine torch")
         return self
 
     @property

@@ -75,7 +75,19 @@ def _load(settings: ModelSettings, source: str) -> tuple[Engine, Aligner]:
 
 
 def _engine(settings: ModelSettings, source: str) -> Engine:
-    """The engine that packs, or for a model that cannot be packed the one that does not."""
+    """VLLM, if it is asked for; otherwise the engine that packs, or for a model that cannot be packed another."""
+    if settings.engine == "vllm":
+        on_vllm: Engine = ENGINES["vllm"].load(
+            source,
+            arguments=settings.engine_arguments,
+            revision=settings.revision,
+            device=settings.device,
+            dtype=settings.dtype,
+            longest=settings.max_length,
+            batch_tokens=settings.max_batch_tokens,
+            prompt_cache=settings.prompt_cache_bytes,
+        )
+        return on_vllm
     given: dict[str, Any] = {
         "revision": settings.revision,
         "device": settings.device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from densereward.capture import (
     Variants,
 )
 from densereward.engines.base import EngineFacts
+from densereward.errors import EngineDied
 
 FACTS = EngineFacts(
     engine="fake",
@@ -108,3 +110,34 @@ class FakeEngine:
     def _even(each: ScoringInput, kind: type[Any]) -> dict[Any, np.ndarray]:
         row = np.full(each.response_length, 0.5 / max(each.response_length, 1), np.float32)
         return {need.layer: row for need in each.needs if isinstance(need, kind)}
+
+
+class FakeStream(FakeEngine):
+    """The same sums, one sequence by one; each is given back when the test says so.
+
+    Attributes:
+        held: what was handed over and not given back, in order.
+        death: as an engine's that streams.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[tuple[ScoringInput, Future[Captured]]] = []
+        self.death: Future[EngineDied] = Future()
+
+    def submit(self, sequence: ScoringInput) -> Future[Captured]:
+        given: Future[Captured] = Future()
+        self.held.append((sequence, given))
+        return given
+
+    def give_back(self, place: int = 0) -> None:
+        sequence, given = self.held.pop(place)
+        if not given.set_running_or_notify_cancel():
+            return
+        if self.poison in sequence.token_ids:
+            given.set_exception(RuntimeError("poisoned"))
+        else:
+            given.set_result(self._captured(sequence))
+
+    def metrics(self) -> bytes:
+        return b"fake:passes 1\n"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from densereward.capture import Captured, Need, ScoringInput, Steps
+from densereward.errors import EngineDied
 
-__all__ = ["TOLERANCE", "Engine", "EngineFacts"]
+__all__ = ["TOLERANCE", "Engine", "EngineFacts", "StreamingEngine"]
 
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -41,6 +43,8 @@ class EngineFacts:
         reads_pairs: whether prompt and response are a pair of texts to the model.
         reencodes: whether closed prefixes are had by scoring them as sequences of their own.
         special_ids: the model's own BOS and EOS ids by "bos" and "eos", as far as its config names them.
+        shares_prompts: whether sequences of one pass that begin with the same prompt run it once.
+        advice: what else could be had, and how, where this engine cannot give what a method needs.
         needs_prompt: whether nothing can be said of a response to an empty prompt.
     """
 
@@ -65,6 +69,8 @@ class EngineFacts:
     reads_pairs: bool = False
     reencodes: bool = False
     special_ids: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    shares_prompts: bool = True
+    advice: str | None = None
     needs_prompt: bool = False
 
 
@@ -105,3 +111,23 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the device."""
+
+
+@runtime_checkable
+class StreamingEngine(Engine, Protocol):
+    """Decides by itself what runs together: takes sequences one by one, whenever they come, from any thread.
+
+    Attributes:
+        death: done when the engine has ended by itself; all that was handed over fails then, and all that will be.
+    """
+
+    death: Future[EngineDied]
+
+    def submit(self, sequence: ScoringInput) -> Future[Captured]:
+        """Hand over a sequence; cancelling what comes back drops it.
+
+        The future fails with `EngineFailure` where this sequence cannot be scored, with `EngineDied` where none can.
+        """
+
+    def metrics(self) -> bytes:
+        """The engine's own, as Prometheus reads them."""

@@ -11,7 +11,7 @@ from densereward.engines.torch.linear import speed_up
 from densereward.engines.torch.loading import max_length, weights_fingerprint
 from densereward.engines.torch.memory import keep_freed_memory
 
-__all__ = ["facts_of", "prepare"]
+__all__ = ["facts_of", "prepare", "special_ids"]
 
 # On a CPU, larger passes gain nothing; a GPU needs them to be busy.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -53,8 +53,13 @@ def facts_of(
         pair_cost=_pair_cost(model),
         weights_fingerprint=weights_fingerprint(model),
         weights_bytes=sum(each.numel() * each.element_size() for each in model.parameters()),
-        special_ids={name: _ids(model.config, f"{name}_token_id") for name in ("bos", "eos")},
+        special_ids=special_ids(model.config),
     )
+
+
+def special_ids(config: Any) -> dict[str, frozenset[int]]:
+    """The model's own BOS and EOS ids, as far as its config names them."""
+    return {name: _ids(config, f"{name}_token_id") for name in ("bos", "eos")}
 
 
 def _ids(config: Any, name: str) -> frozenset[int]:

@@ -29,6 +29,7 @@ __all__ = [
     "load_language_model",
     "load_scorer",
     "max_length",
+    "read_config",
     "weights_fingerprint",
 ]
 
@@ -81,7 +82,7 @@ def load_scorer(
     """
     if (adapter := adapter_of(source, revision)) is not None:
         return _load_adapter(source, revision, adapter, device, dtype, pickled=pickled)
-    config = _config(source, revision)
+    config = read_config(source, revision)
     checkpoint = Checkpoint(config, weight_shapes(source, revision, pickled=pickled))
     try:
         kind = head_for(checkpoint, head)
@@ -112,7 +113,7 @@ def _load_adapter(
     """A LoRA adapter on its base, which need not have a score head if the adapter brings one."""
     base = str(adapter["base_model_name_or_path"])
     brought = saved_modules(source, revision)
-    config = _config(base, None)
+    config = read_config(base, None)
     outputs = {shape[0] for name, shape in brought.items() if re.search(r"(^|\.)(score|classifier)\.weight$", name)}
     if outputs:
         config.num_labels = outputs.pop()
@@ -141,12 +142,16 @@ def load_language_model(
         ModelError: no such model, another kind of model, or weights that its files do not hold.
     """
     weight_shapes(source, revision, pickled=pickled)  # refuses what must not be read
-    config = _config(source, revision)
+    config = read_config(source, revision)
     return _load(AutoModelForCausalLM, source, revision, config, device, dtype, pickled=pickled)
 
 
-def _config(source: str, revision: str | None) -> PretrainedConfig:
-    """The config; code that comes with a model is never run."""
+def read_config(source: str, revision: str | None, *, quantised: bool = False) -> PretrainedConfig:
+    """The config; code that comes with a model is never run.
+
+    Raises:
+        ModelError: there is none that can be read, or the weights are quantised and must not be.
+    """
     try:
         written, _ = PretrainedConfig.get_config_dict(source, revision=revision)
         if (same := _SAME_CONFIG.get(written.get("model_type", ""))) is not None:
@@ -157,7 +162,7 @@ def _config(source: str, revision: str | None) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # a model's files can break the loader in any way; the operator needs one message
         raise ModelError(f"cannot load {source}: {error}") from error
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) and not quantised:
         raise ModelError(f"{source}: its weights are quantised, which is not served; take those they were made from")
     return config
 

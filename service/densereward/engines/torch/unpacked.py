@@ -93,6 +93,7 @@ class UnpackedEngine:
             tokens=head.tokens,
             reads_pairs=self._whole,
             reencodes=True,
+            shares_prompts=False,
         )
         self._attention = OwnAttention(model, whole=self._whole, fused=has_fused(model))
         try:

@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from densereward.errors import ModelError
 
-__all__ = ["find_file", "shapes_in", "stored_in_float32", "weight_shapes"]
+__all__ = ["find_file", "shapes_in", "stored_in_float32", "weight_files", "weight_shapes"]
 
 _SAFE = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
@@ -56,6 +56,11 @@ def shapes_in(path: str) -> dict[str, tuple[int, ...]]:
     """
     with _reading(path), safe_open(path, framework="pt") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def weight_files(source: str, revision: str | None = None) -> list[str]:
+    """Where the files of safetensors are that hold the weights; none where there are none."""
+    return _files(source, revision, _SAFE)
 
 
 def stored_in_float32(source: str, revision: str | None = None) -> bool:

@@ -1,0 +1,406 @@
+"""The vLLM engine: its scheduler, kernels, tensor parallelism and quantisation; the same answers.
+
+vLLM runs in processes of its own, and here its client (`AsyncLLM`) in an event loop of its own. Sequences are handed
+over one by one, whenever they come, and vLLM decides what runs together. Scores of every position and the scored
+token's attention rows come back in one tensor (`vllm_worker`). A sequence of which only the score is wanted is pooled
+at its last token, so that vLLM can take the prompt's keys from its prefix cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import fields
+from threading import Thread
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+
+from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixMode, PrefixScores, ScoringInput, Variants
+from densereward.engines.base import TOLERANCE, EngineFacts
+from densereward.engines.torch.facts import special_ids
+from densereward.engines.torch.loading import Dtype
+from densereward.engines.vllm_model import Served, check_version, refuse_arguments, served
+from densereward.engines.vllm_worker import Asked
+from densereward.errors import EngineDied, EngineFailure, ModelError
+
+__all__ = ["VllmEngine"]
+
+T = TypeVar("T")
+
+_EXTENSION = "densereward.engines.vllm_worker.RowsExtension"
+
+_KEYS_ON_CPU = 2**30
+"""Bytes for keys and values where no GPU's memory is to be filled with them."""
+
+_WATCH = 0.5
+"""Seconds between looks at whether the engine's processes live."""
+
+_DIED = "the engine's process ended; this server stops taking requests and exits, so that its supervisor restarts it"
+
+
+class VllmEngine:
+    """A reward model in vLLM. See `engines.base.StreamingEngine`.
+
+    Args:
+        model: what vLLM is given.
+        arguments: of vLLM's engine, beside those that are set here.
+        dtype: of the weights.
+        batch_tokens: tokens in one pass; by default what vLLM takes.
+        keeps_prompts: whether keys of prompts are kept for later passes.
+
+    Raises:
+        ModelError: vLLM cannot load it, or its attention rows are not those of its layers.
+    """
+
+    def __init__(
+        self,
+        model: Served,
+        arguments: dict[str, Any],
+        dtype: Dtype = "auto",
+        batch_tokens: int | None = None,
+        *,
+        keeps_prompts: bool = True,
+    ) -> None:
+        self._thread = _LoopThread()
+        self.death: Future[EngineDied] = Future()
+        self._numbers = itertools.count()
+        try:
+            given = _engine_arguments(model, arguments, dtype, batch_tokens, keeps_prompts=keeps_prompts)
+            self._llm: Any = self._thread.run(_started(given))
+        except Exception:
+            self._thread.close()
+            raise
+        try:
+            self._rows, missing = _rows(self._thread.run(self._llm.collective_rpc("densereward_watch")))
+            self.facts = _facts(model, self._llm, missing)
+            self._check_rows()
+        except Exception:
+            self.close()
+            raise
+        self._watching = self._thread.submit(self._watch())
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        *,
+        arguments: dict[str, Any] | None = None,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+        longest: int | None = None,
+        batch_tokens: int | None = None,
+        prompt_cache: int = 0,
+    ) -> VllmEngine:
+        """Load from a folder or a hub id.
+
+        Args:
+            source: folder or hub id.
+            arguments: of vLLM's engine.
+            revision: of a hub model.
+            device: `auto`, or the kind that this vLLM is built for.
+            dtype: of the weights.
+            longest: tokens in the longest sequence to read.
+            batch_tokens: tokens in one pass.
+            prompt_cache: 0 runs every prompt anew; otherwise vLLM keeps as many as it has room for.
+
+        Raises:
+            ModelError: no vLLM, one that is not known here, or a model that it cannot be given.
+        """
+        _check_installed(device)
+        return cls(
+            served(source, revision, longest), arguments or {}, dtype, batch_tokens, keeps_prompts=prompt_cache > 0
+        )
+
+    @property
+    def provides(self) -> frozenset[Need]:
+        """Scores of open prefixes, and the scored rows of the layers that have them."""
+        layers = [number for layer in self._rows for number in (layer, layer - self.facts.layers)]
+        return frozenset([PrefixScores("open"), Variants(), *(AttentionRow(layer) for layer in layers)])
+
+    def submit(self, sequence: ScoringInput) -> Future[Captured]:
+        """Hand over a sequence; cancelling what comes back takes it out of vLLM again.
+
+        The future fails with `EngineFailure` where this sequence cannot be scored, with `EngineDied` where none can.
+        """
+        return self._thread.submit(self._scored(sequence))
+
+    def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+        """Score a batch, in as many passes as vLLM takes.
+
+        Raises:
+            EngineFailure: a sequence could not be scored.
+            EngineDied: none can.
+        """
+        waiting = [self.submit(each) for each in batch]
+        try:
+            return [each.result() for each in waiting]
+        finally:
+            for each in waiting:
+                each.cancel()
+
+    def reference(self, sequence: ScoringInput) -> Captured:  # noqa: ARG002
+        """There is none in vLLM.
+
+        Raises:
+            EngineFailure: always.
+        """
+        raise EngineFailure("vLLM has one way to compute; `densereward check --engine vllm` compares with torch's")
+
+    def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:  # noqa: ARG002
+        """There is no other arithmetic in vLLM.
+
+        Raises:
+            EngineFailure: always.
+        """
+        raise EngineFailure("vLLM computes in one dtype; `densereward check --engine vllm` compares with torch's")
+
+    def metrics(self) -> bytes:
+        """VLLM's own, as Prometheus reads them."""
+        from prometheus_client import generate_latest
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+        registry = get_prometheus_registry()
+
+        class _OfVllm:
+            def collect(self) -> Any:
+                return (each for each in registry.collect() if each.name.startswith("vllm:"))
+
+        return generate_latest(_OfVllm())
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        self.death.cancel()
+        llm, self._llm = self._llm, None
+        with contextlib.suppress(Exception):  # what is dead already cannot be shut down
+            self._thread.run(_shut_down(llm))
+        self._thread.close()
+
+    async def _watch(self) -> None:
+        """Tell whoever asks when the processes have ended, also while nothing runs."""
+        llm = self._llm
+        while not llm.errored:  # noqa: ASYNC110  # vLLM has no event for it
+            await asyncio.sleep(_WATCH)
+        if self.death.set_running_or_notify_cancel():
+            self.death.set_result(EngineDied(_DIED, retry_after=30.0))
+
+    async def _scored(self, sequence: ScoringInput, *, checks: bool = False) -> Captured:
+        wanted = sorted({need.layer % self.facts.layers for need in sequence.needs if isinstance(need, AttentionRow)})
+        asked = Asked(tuple(wanted), checks)
+        everywhere = bool(wanted) or PrefixScores("open") in sequence.needs
+        given = await self._pooled(sequence, asked, everywhere=everywhere)
+        scores, columns = given[:, 0], given[:, 1:].T
+        if checks:
+            self._check_errors(columns[len(wanted) :], wanted)
+        return _captured(sequence, scores, dict(zip(wanted, columns, strict=False)), self.facts.layers)
+
+    async def _pooled(self, sequence: ScoringInput, asked: Asked, *, everywhere: bool) -> Float32[np.ndarray, "_ _"]:
+        """What vLLM gives: of all positions, or of the last one alone."""
+        from vllm import PoolingParams
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if sequence.scored_position + 1 < sequence.response_stop:
+            raise EngineFailure("vLLM reads the score at a sequence's last token, which is in the response here")
+        ids = list(sequence.token_ids[: sequence.scored_position + 1])
+        self._check_ids(ids)
+        parameters = PoolingParams(
+            task="token_classify" if everywhere else "classify", use_activation=False, extra_kwargs=asked.written
+        )
+        try:
+            given = self._llm.encode(tokens_input(ids), parameters, str(next(self._numbers)))
+            data: torch.Tensor = [each.outputs.data async for each in given][-1].float()
+        except EngineDeadError as error:
+            raise EngineDied(_DIED, retry_after=30.0) from error
+        except Exception as error:  # whatever vLLM raises is about this sequence
+            raise EngineFailure(f"vLLM failed: {type(error).__name__}: {error.__cause__ or error}") from error
+        numbers = data if everywhere else data.reshape(1, -1)
+        expected = (len(ids) if everywhere else 1, 1 + len(asked.layers) * (2 if asked.checks else 1))
+        if tuple(numbers.shape) != expected:
+            raise EngineFailure(f"vLLM gave {tuple(numbers.shape)} numbers where {expected} were asked for")
+        return numbers.numpy()
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """An id that the model has no row for would end vLLM's process, and with it everybody's requests.
+
+        Raises:
+            EngineFailure: there is one, or none at all, or too many.
+        """
+        if not 0 < len(ids) <= self.facts.max_length:
+            raise EngineFailure(f"{len(ids)} tokens, where 1 to {self.facts.max_length} can be read")
+        if not 0 <= min(ids) <= max(ids) < self.facts.vocabulary_size:
+            raise EngineFailure(f"token ids must be below {self.facts.vocabulary_size}")
+
+    def _check_rows(self) -> None:
+        """Weighted values must be what each layer's kernel gave: in one chunk, and in several if there can be any.
+
+        Raises:
+            ModelError: they are not, or nothing was captured.
+        """
+        needs: frozenset[Need] = frozenset(AttentionRow(layer) for layer in self._rows)
+        if not needs:
+            return
+        longest = min(self.facts.max_length, self.facts.batch_tokens + 16)
+        ids = np.random.default_rng(3).integers(0, self.facts.vocabulary_size, longest).tolist()
+        probes = [ScoringInput(ids[:length], 1, length - 1, length - 1, needs=needs) for length in {48, longest}]
+        try:
+            for each in probes:
+                self._thread.run(self._scored(each, checks=True))
+        except EngineFailure as error:
+            raise ModelError(f"attention rows cannot be taken from this vLLM: {error.message}") from error
+
+    def _check_errors(self, errors: Float32[np.ndarray, "A S"], layers: Sequence[int]) -> None:
+        limit = 10 * TOLERANCE[self.facts.dtype] if self.facts.dtype == "float32" else TOLERANCE[self.facts.dtype]
+        for layer, error in zip(layers, errors.max(axis=1), strict=True):
+            if not error <= limit:
+                raise ModelError(
+                    f"the attention row of layer {layer} is off by {error:.2g} from what its kernel computed; serve "
+                    "this model with --engine torch"
+                )
+
+
+def _captured(sequence: ScoringInput, scores: Float32[np.ndarray, " _"], rows: dict[int, Any], layers: int) -> Captured:
+    start, stop = sequence.prompt_length, sequence.response_stop
+    prefixes: dict[PrefixMode, Prefixes] = {}
+    if PrefixScores("open") in sequence.needs:
+        prefixes["open"] = Prefixes(float(scores[start - 1]) if start else None, scores[start:stop])
+    wanted = [need.layer for need in sequence.needs if isinstance(need, AttentionRow)]
+    return Captured(
+        reward=float(scores[-1]),
+        length=sequence.response_length,
+        prefixes=prefixes,
+        attention_rows={layer: rows[layer % layers][start:stop] for layer in wanted},
+    )
+
+
+def _check_installed(device: str) -> None:
+    """Find out before anything is loaded.
+
+    Raises:
+        ModelError: no vLLM, one that is not known here, or one for another kind of device.
+    """
+    # Nothing is told to anybody about who serves what, and no process is forked from one with threads.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    try:
+        from vllm import __version__
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise ModelError(f"vLLM is not installed ({error}): pip install 'densereward[vllm]'") from error
+    check_version(__version__)
+    if device not in ("auto", current_platform.device_type):
+        raise ModelError(
+            f"this vLLM runs on {current_platform.device_type}, not on {device}; which GPUs it takes is chosen by "
+            "CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _engine_arguments(
+    model: Served, given: dict[str, Any], dtype: Dtype, batch_tokens: int | None, *, keeps_prompts: bool
+) -> Any:
+    from vllm.config import PoolerConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    refuse_arguments(list(given), [each.name for each in fields(AsyncEngineArgs)])
+    on_cpu = current_platform.device_type == "cpu"
+    # Where attention is part of a CUDA graph, nothing can be kept of it; between pieces of graphs it can.
+    suited: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": _KEYS_ON_CPU} if on_cpu else {}
+    suited = suited or {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+    chosen = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
+    own: dict[str, Any] = {
+        "model": model.source,
+        "revision": model.revision,
+        "runner": "pooling",
+        "dtype": chosen,
+        "max_model_len": model.longest,
+        "max_num_batched_tokens": batch_tokens,
+        "pooler_config": PoolerConfig(seq_pooling_type="LAST", tok_pooling_type="ALL", use_activation=False),
+        "hf_overrides": {"head_dtype": "float32"},
+        "worker_extension_cls": _EXTENSION,
+        "skip_tokenizer_init": True,
+        "trust_remote_code": False,
+        "load_format": "safetensors",
+    }
+    ours: dict[str, Any] = {"enable_prefix_caching": keeps_prompts, "enable_chunked_prefill": True}
+    return AsyncEngineArgs(**(suited | ours | given | own))
+
+
+async def _started(arguments: Any) -> Any:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    try:
+        return AsyncLLM.from_engine_args(arguments)
+    except Exception as error:  # whatever vLLM finds wrong with model, device or memory
+        raise ModelError(f"vLLM cannot load {arguments.model}: {error} (its log says more)") from error
+
+
+async def _shut_down(llm: Any) -> None:
+    llm.shutdown()
+
+
+def _rows(watched: Sequence[dict[str, Any]]) -> tuple[list[int], dict[int, str]]:
+    """Layers whose rows all workers can give, and why the others' cannot be had."""
+    layers = set.intersection(*(set(each["layers"]) for each in watched))
+    return sorted(layers), {layer: why for each in watched for layer, why in each["missing"].items()}
+
+
+def _facts(model: Served, llm: Any, missing: dict[int, str]) -> EngineFacts:
+    config = model.config.get_text_config()
+    described = ", ".join(f"{layer} ({why})" for layer, why in sorted(missing.items()))
+    return EngineFacts(
+        engine="vllm",
+        family=next(iter(model.config.architectures)),
+        head=model.head,
+        device=str(llm.vllm_config.device_config.device_type),
+        dtype=str(llm.model_config.dtype).removeprefix("torch."),
+        max_length=llm.model_config.max_model_len,
+        vocabulary_size=config.vocab_size,
+        layers=config.num_hidden_layers,
+        batch_tokens=llm.vllm_config.scheduler_config.max_num_batched_tokens,
+        pair_cost=0.0,
+        weights_fingerprint=model.fingerprint,
+        weights_bytes=model.size,
+        special_ids=special_ids(model.config),
+        notice=f"no attention rows can be had of layers {described}" if missing else None,
+        shares_prompts=False,
+        advice="--engine torch gives closed prefixes, contributions, received attention and gradients",
+    )
+
+
+class _LoopThread:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start it there."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Start it there and wait."""
+        return self.submit(work).result()
+
+    def close(self) -> None:
+        """Cancel what still runs, and end."""
+
+        async def cancel_all() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        self.run(cancel_all())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

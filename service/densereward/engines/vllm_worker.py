@@ -1,0 +1,302 @@
+"""Inside vLLM's workers: what the scoring token attends to, given back beside the scores.
+
+vLLM's kernels never write attention weights down. So in the passes in which some request wants a layer's row, that
+layer's queries and keys are kept as they come to its kernel, rotated and normalised. The pooler, which runs behind the
+last layer of the same pass, is handed the requests in the order of their tokens: there the keys are cut up by request,
+and those of a prompt that runs in chunks are put by with its pooling state. With a request's last chunk its row is
+made, averaged over the heads of all tensor-parallel ranks, and appended to its scores as further columns.
+
+    [S, 1] scores  ->  [S, 1 + A] scores, then a row for each of A layers
+                   ->  [S, 1 + 2 A] for a request that checks: how far each row is from giving the layer's output
+
+Nothing is kept of requests that want no rows. A request that vLLM preempted starts again at its first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+__all__ = ["Asked", "Rows", "RowsExtension", "attended"]
+
+_KEPT = "densereward_keys"
+"""Under this name a request's pooling state holds what its earlier chunks left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request wants, as it travels in its pooling parameters.
+
+    Attributes:
+        layers: of which rows are wanted, counted from 0.
+        checks: whether each row is to be compared with what the layer's kernel gave.
+    """
+
+    layers: tuple[int, ...] = ()
+    checks: bool = False
+
+    @property
+    def written(self) -> dict[str, Any] | None:
+        """As pooling parameters carry it; None where nothing is wanted."""
+        return {"densereward": [list(self.layers), self.checks]} if self.layers else None
+
+    @classmethod
+    def read(cls, parameters: Any) -> Asked:
+        """From pooling parameters, whoever made them."""
+        written = (getattr(parameters, "extra_kwargs", None) or {}).get("densereward")
+        return cls(tuple(written[0]), bool(written[1])) if written else cls()
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What came to a layer's kernel in the running pass, and what it gave: all tokens of all requests."""
+
+    query: Float[Tensor, "N H D"]
+    key: Float[Tensor, "N K D"]
+    value: Float[Tensor, "N K V"] | None = None
+    output: Float[Tensor, "N H V"] | None = None
+
+
+@dataclass(slots=True)
+class _Chunks:
+    """Keys, and values where they are checked, of one request in one layer, chunk after chunk."""
+
+    keys: list[Float[Tensor, "_ K D"]] = field(default_factory=list)
+    values: list[Float[Tensor, "_ K V"]] = field(default_factory=list)
+
+
+class RowsExtension:
+    """Mixed into vLLM's worker (`worker_extension_cls`); called by `collective_rpc`."""
+
+    def densereward_watch(self) -> dict[str, Any]:
+        """Put the hooks in place.
+
+        Returns:
+            `layers`: those whose rows can be had; `missing`: what keeps the others from it, by layer.
+        """
+        from vllm.distributed import get_tp_group
+
+        worker: Any = self
+        layers, missing = _attention_layers(worker.vllm_config)
+        rows = Rows(layers, get_tp_group())
+        for index, layer in layers.items():
+            layer.impl.forward = rows.around_kernel(index, layer.impl.forward)
+        pooler = worker.model_runner.get_model().pooler
+        pooler.forward = rows.around_pooler(pooler.forward)
+        worker.execute_model = rows.around_pass(worker.execute_model)
+        return {"layers": sorted(layers), "missing": missing}
+
+
+class Rows:
+    """Owns what is kept between the hooks.
+
+    Args:
+        layers: vLLM's attention layers whose rows can be had.
+        ranks: vLLM's group of tensor-parallel workers, each of which has a part of the heads.
+    """
+
+    def __init__(self, layers: dict[int, Any], ranks: Any) -> None:
+        self._layers = layers
+        self._ranks = ranks
+        self._asked: dict[str, Asked] = {}
+        self._watched: frozenset[int] = frozenset()
+        self._checks = False
+        self._passes: dict[int, _Pass] = {}
+
+    def around_pass(self, execute: Callable[..., Any]) -> Callable[..., Any]:
+        """Before a pass: which layers anyone in it wants."""
+
+        def run(scheduled: Any, *given: Any, **named: Any) -> Any:
+            for request in scheduled.scheduled_new_reqs:
+                if (asked := Asked.read(request.pooling_params)).layers:
+                    self._asked[request.req_id] = asked
+            for request_id in scheduled.finished_req_ids:
+                self._asked.pop(request_id, None)
+            wanted = [self._asked[each] for each in scheduled.num_scheduled_tokens if each in self._asked]
+            self._watched = frozenset(layer for asked in wanted for layer in asked.layers)
+            self._checks = any(asked.checks for asked in wanted)
+            self._passes.clear()
+            return execute(scheduled, *given, **named)
+
+        return run
+
+    def around_kernel(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """In a pass: keep what comes to a watched layer's kernel, before anything writes over it."""
+
+        def run(
+            layer: Any,
+            query: Any,
+            key: Any,
+            value: Any,
+            cache: Any,
+            metadata: Any,
+            output: Any,
+            *rest: Any,
+            **named: Any,
+        ) -> Any:
+            result = forward(layer, query, key, value, cache, metadata, output, *rest, **named)
+            if index in self._watched and metadata is not None:
+                checked = (value.clone(), output.clone()) if self._checks else (None, None)
+                self._passes[index] = _Pass(query.clone(), key.clone(), *checked)
+            return result
+
+        return run
+
+    def around_pooler(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Behind a pass: cut up by request what was kept, and give whole requests their rows."""
+
+        def run(hidden_states: Any, pooling_metadata: Any) -> Any:
+            cursor = pooling_metadata.pooling_cursor
+            wanted = [Asked.read(each) for each in pooling_metadata.pooling_params]
+            if cursor is not None:
+                _start_again(pooling_metadata.pooling_states, _starts(cursor))
+            outputs = forward(hidden_states, pooling_metadata)
+            if cursor is None or not any(asked.layers for asked in wanted):
+                return outputs
+            rows = self._rows(pooling_metadata, wanted)
+            self._passes.clear()
+            return [_appended(each, rows.get(i)) for i, each in enumerate(outputs)]
+
+        return run
+
+    def _rows(self, metadata: Any, wanted: Sequence[Asked]) -> dict[int, Float32[Tensor, "S _"]]:
+        """The further columns of each request that is whole, by its place in the pass."""
+        cursor, stop = metadata.pooling_cursor, 0
+        columns: dict[int, Float32[Tensor, "S _"]] = {}
+        counts, finished = cursor.num_scheduled_tokens_cpu.tolist(), cursor.get_finished_mask()
+        for i, (asked, count) in enumerate(zip(wanted, counts, strict=True)):
+            stop += count
+            # Without its hook a kernel leaves nothing; the engine fails requests whose columns are missing.
+            if not asked.layers or not self._passes.keys() >= set(asked.layers):
+                continue
+            state = metadata.pooling_states[i]
+            kept = self._keep(state, asked, slice(stop - count, stop))
+            if finished[i]:
+                columns[i] = self._columns(asked, kept, stop - 1)
+                delattr(state, _KEPT)
+        return _mean_over_ranks(columns, self._ranks)
+
+    def _keep(self, state: Any, asked: Asked, tokens: slice) -> dict[int, _Chunks]:
+        """This pass's part of a request, behind those of earlier ones."""
+        kept: dict[int, _Chunks] = getattr(state, _KEPT, None) or {layer: _Chunks() for layer in asked.layers}
+        setattr(state, _KEPT, kept)
+        for layer, chunks in kept.items():
+            seen = self._passes[layer]
+            chunks.keys.append(seen.key[tokens].clone())
+            if asked.checks and seen.value is not None:
+                chunks.values.append(seen.value[tokens].clone())
+        return kept
+
+    def _columns(self, asked: Asked, kept: dict[int, _Chunks], scored: int) -> Float32[Tensor, "S _"]:
+        rows, errors = [], []
+        for layer in asked.layers:
+            chunks, seen = kept[layer], self._passes[layer]
+            weights = attended(self._layers[layer], seen.query[scored], torch.cat(chunks.keys))
+            rows.append(weights.mean(dim=(0, 1)))
+            if asked.checks and seen.output is not None:
+                error = _off(weights, torch.cat(chunks.values), seen.output[scored])
+                errors.append(error.expand(len(rows[-1])))
+        return torch.stack([*rows, *errors], dim=1)
+
+
+def attended(layer: Any, query: Float[Tensor, "H D"], keys: Float[Tensor, "S K D"]) -> Float32[Tensor, "K G S"]:
+    """The attention weights of a sequence's last token, for each of G query heads on each of K key heads.
+
+    Args:
+        layer: vLLM's attention layer, for its scale, window, soft cap and sinks.
+        query: of the last token.
+        keys: of all tokens up to and with it.
+    """
+    implementation, length = layer.impl, len(keys)
+    grouped = query.float().view(keys.shape[1], -1, query.shape[-1])
+    scores: Tensor = torch.einsum("kgd,skd->kgs", grouped, keys.float()) * implementation.scale
+    if cap := getattr(implementation, "logits_soft_cap", None):
+        scores = cap * torch.tanh(scores / cap)
+    if (window := layer.sliding_window) is not None and window < length:
+        scores[..., : length - window] = -torch.inf
+    sinks = getattr(implementation, "sinks", None)
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    with_sink = torch.cat([sinks.float().view(*scores.shape[:2], 1), scores], dim=-1)
+    weights: Tensor = with_sink.softmax(dim=-1)[..., 1:]
+    return weights
+
+
+def _off(
+    weights: Float32[Tensor, "K G S"], values: Float[Tensor, "S K V"], output: Float[Tensor, "H V"]
+) -> Float32[Tensor, ""]:
+    """How far the weighted values are from what the kernel gave, of the largest of the latter."""
+    own = torch.einsum("kgs,skv->kgv", weights, values.float()).flatten(0, 1)
+    given = output.float().view(own.shape)
+    return (own - given).abs().max() / given.abs().max().clamp_min(1e-6)
+
+
+def _starts(cursor: Any) -> list[int]:
+    """Where in its sequence each request's part of the pass begins."""
+    starts: list[int] = (cursor.seq_lens_cpu - cursor.num_scheduled_tokens_cpu).tolist()
+    return starts
+
+
+def _start_again(states: Sequence[Any], starts: Sequence[int]) -> None:
+    """A request that starts at its first token has no earlier chunks; those of before a preemption are dropped."""
+    for state, start in zip(states, starts, strict=True):
+        if start == 0:
+            state.clean()
+            if hasattr(state, _KEPT):
+                delattr(state, _KEPT)
+
+
+def _appended(scores: Tensor | None, columns: Tensor | None) -> Tensor | None:
+    return scores if scores is None or columns is None else torch.cat([scores.float(), columns], dim=1)
+
+
+def _mean_over_ranks(columns: dict[int, Float32[Tensor, "S _"]], ranks: Any) -> dict[int, Float32[Tensor, "S _"]]:
+    """Every rank has its part of the heads, all as many; all have the same requests in the same order."""
+    if ranks.world_size == 1 or not columns:
+        return columns
+    together = ranks.all_reduce(torch.cat([each.flatten() for each in columns.values()])) / ranks.world_size
+    parts = together.split([each.numel() for each in columns.values()])
+    return {i: part.view_as(each) for (i, each), part in zip(columns.items(), parts, strict=True)}
+
+
+def _attention_layers(config: Any) -> tuple[dict[int, Any], dict[int, str]]:
+    """The layers whose rows can be had, by their numbers, and why those of the others cannot."""
+    found: dict[int, Any] = {}
+    missing: dict[int, str] = {}
+    for index, layer in _numbered(config.compilation_config.static_forward_context):
+        if why := _why_not(layer):
+            missing[index] = why
+        elif index in found:
+            missing[index] = "it has several attentions"
+        else:
+            found[index] = layer
+    return {index: layer for index, layer in found.items() if index not in missing}, missing
+
+
+def _numbered(layers: dict[str, Any]) -> Iterator[tuple[int, Any]]:
+    for name, layer in layers.items():
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        if len(numbers) == 1:
+            yield numbers[0], layer
+
+
+def _why_not(layer: Any) -> str | None:
+    """What keeps a layer's row from being had; None where nothing does."""
+    from vllm.model_executor.layers.attention import Attention
+
+    if type(layer) is not Attention:
+        return f"its attention is {type(layer).__name__}"
+    if layer.attn_type != "decoder":
+        return f"its attention is that of an {layer.attn_type}"
+    if getattr(layer.impl, "alibi_slopes", None) is not None:
+        return "its attention has linear biases"
+    if layer.query_quant is not None:
+        return "its queries are quantised"
+    if layer.kv_sharing_target_layer_name is not None:
+        return "it shares the keys of another layer"
+    return None
