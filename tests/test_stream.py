@@ -99,7 +99,7 @@ async def test_a_failure_reaches_only_its_own_sequence() -> None:
 async def test_who_leaves_takes_along_what_waits_and_what_the_engine_holds() -> None:
     engine = FakeStream()
     async with running(engine) as queue:
-        leaving = asyncio.create_task(queue.score([sequence(1, 1, 1, 1) for _ in range(4)]))
+        leaving = asyncio.create_task(queue.score([sequence(1, 1, 1, 1)] * 4))
         await until(lambda: len(engine.held) == 2)
         staying = asyncio.create_task(queue.score([sequence(2, 2)]))
         await asyncio.sleep(0.01)
@@ -147,7 +147,7 @@ async def test_a_death_fails_all_who_wait_and_all_who_come_and_is_told_once() ->
 async def test_closing_finishes_what_waits_and_takes_nothing_new() -> None:
     engine = FakeStream()
     async with running(engine) as queue:
-        scoring = asyncio.create_task(queue.score([sequence(1, 1, 1, 1) for _ in range(5)]))
+        scoring = asyncio.create_task(queue.score([sequence(1, 1, 1, 1)] * 5))
         await until(lambda: len(engine.held) == 2)
         closing = asyncio.create_task(queue.close())
         await asyncio.sleep(0)

@@ -130,6 +130,13 @@ class Server:
         self.process.wait()
 
 
+def children_named(name: str, parent: int) -> set[int]:
+    """The child processes of another that call themselves so."""
+    lists = [each.read_text().split() for each in Path(f"/proc/{parent}/task").glob("*/children")]
+    children = [int(pid) for pids in lists for pid in pids]
+    return {pid for pid in children if name in Path(f"/proc/{pid}/cmdline").read_text()}
+
+
 @contextmanager
 def serving(log: Path, *flags: str, **variables: str) -> Iterator[Server]:
     """A server that is ready; it is gone at the end."""
