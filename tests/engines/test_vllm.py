@@ -72,8 +72,9 @@ def test_every_layer_and_every_prefix_is_eager_attentions_in_chunks_and_whole(
 
 @pytest.fixture(scope="module")
 def chunked(model_folder: Path, start_vllm: Start) -> Iterator[Any]:
-    """Passes of 64 tokens, and room for the keys of little more than one long sequence."""
-    engine = start_vllm(model_folder, batch_tokens=CHUNK, num_gpu_blocks_override=16, max_num_seqs=8)
+    """Passes of 64 tokens in which several sequences grow at once, and no room for the keys of all of them."""
+    squeezed = {"num_gpu_blocks_override": 8, "scheduler_reserve_full_isl": False, "long_prefill_token_threshold": 16}
+    engine = start_vllm(model_folder, batch_tokens=CHUNK, max_num_seqs=4, **squeezed)
     yield engine
     engine.close()
 
@@ -118,7 +119,10 @@ def test_the_embedded_model_has_the_numbers_it_has_in_the_torch_engine(start_vll
         engine.close()
 
 
-def test_heads_split_over_two_ranks_are_averaged(start_vllm: Start, model_folder: Path) -> None:
+def test_heads_split_over_two_ranks_are_averaged(
+    start_vllm: Start, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     engine = start_vllm(model_folder, tensor_parallel_size=2)
     try:
         assert_eager(engine, [sequence(length) for length in LENGTHS], reference.eager(model_folder))

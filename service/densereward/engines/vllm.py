@@ -288,7 +288,7 @@ def _check_installed(device: str) -> None:
     """
     # Nothing is told to anybody about who serves what, and no process is forked from one with threads.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     try:
         from vllm import __version__
         from vllm.platforms import current_platform
