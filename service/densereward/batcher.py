@@ -50,8 +50,12 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._task = asyncio.get_running_loop().create_task(self._work(), name="batcher")
 
-    async def score(self, sequences: Sequence[ScoringInput]) -> list[Scored | EngineFailure]:
+    async def score(self, sequences: Sequence[ScoringInput], priority: int = 0) -> list[Scored | EngineFailure]:
         """Run sequences, in their order; a failure stands in its own sequence's place.
+
+        Args:
+            sequences: the sequences.
+            priority: lower numbers run before all that waits with a higher one.
 
         Raises:
             Overloaded: the queue has no room now.
@@ -65,7 +69,7 @@ class Batcher:
             prices = self._priced(sequences)
         waiting = self._waiting(sequences, prices)
         self._admit(sum(each.held for each in waiting))
-        line = self._lines.join(waiting)
+        line = self._lines.join(waiting, priority)
         self._arrived.set()
         try:
             results = await asyncio.gather(*(each.future for each in waiting), return_exceptions=True)

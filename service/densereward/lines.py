@@ -1,8 +1,9 @@
 """Who waits, and who runs next: fair among callers, whole among prompts, full up to a budget.
 
-Every call is a line of its own. A batch begins with the line whose turn it is, so that nobody is passed over for
-ever, and goes on round the lines with whatever still fits. What does not fit stays where it is and blocks nobody.
-Whoever is taken brings along what waits with the same prompt, since that only costs what follows the prompt.
+Every call is a line of its own, and lines of a lower priority number come before all of a higher one. A batch begins
+with the line whose turn it is, so that nobody of its priority is passed over for ever, and goes on round the lines with
+whatever still fits. What does not fit stays where it is and blocks nobody. Whoever is taken brings along what waits
+with the same prompt, since that only costs what follows the prompt.
 
 Nothing here looks at all that waits: a visit looks at a few sequences, a batch gives up after some lines in vain.
 """
@@ -78,14 +79,52 @@ class _Bunch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Line:
-    """What waits of one call, bunch after bunch."""
+    """What waits of one call, bunch after bunch.
 
+    Attributes:
+        priority: of the call; lower numbers come first.
+    """
+
+    priority: int = 0
     bunches: OrderedDict[_Bunch, None] = field(default_factory=OrderedDict)
 
     @property
     def abandoned(self) -> bool:
         """Whether the caller left; all the futures of a call are cancelled together."""
         return any(bunch.waiting[0].future.done() for bunch in islice(self.bunches, 1))
+
+
+class _Turns:
+    """Whose turn it is: among the lines of the lowest priority number, one after the other."""
+
+    def __init__(self) -> None:
+        self._levels: dict[int, OrderedDict[Line, None]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._levels.values()))
+
+    def __contains__(self, line: Line) -> bool:
+        return line in self._levels.get(line.priority, ())
+
+    def first(self) -> Line:
+        return next(iter(self._levels[min(self._levels)]))
+
+    def to_end(self, line: Line) -> None:
+        """To the end of its level, whether it was there before or not."""
+        level = self._levels.setdefault(line.priority, OrderedDict())
+        level[line] = None
+        level.move_to_end(line)
+
+    def to_front(self, line: Line) -> None:
+        self.to_end(line)
+        self._levels[line.priority].move_to_end(line, last=False)
+
+    def remove(self, line: Line) -> None:
+        if line in self:
+            level = self._levels[line.priority]
+            del level[line]
+            if not level:
+                del self._levels[line.priority]
 
 
 class _Batch:
@@ -133,14 +172,14 @@ class Lines:
         self._budget = float(budget)
         self._pair_cost = pair_cost
         self._metrics = metrics
-        self._beginners: OrderedDict[Line, None] = OrderedDict()  # whose turn it is to begin a batch
-        self._round: OrderedDict[Line, None] = OrderedDict()  # whose turn it is in filling one
+        self._beginners = _Turns()  # to begin a batch
+        self._round = _Turns()  # in filling one
         self._bunches: dict[tuple[int, ...], OrderedDict[_Bunch, None]] = {}  # of all lines, by prompt
         self.tokens = 0
 
-    def join(self, waiting: Sequence[Waiting]) -> Line:
-        """A new line, behind all others."""
-        line = Line()
+    def join(self, waiting: Sequence[Waiting], priority: int = 0) -> Line:
+        """A new line, behind all others of its priority."""
+        line = Line(priority)
         bunches: dict[tuple[int, ...], _Bunch] = {}
         for each in waiting:
             prompt_ids = each.price.prompt_ids
@@ -150,7 +189,8 @@ class Lines:
             if bunch.prompt_ids:
                 self._bunches.setdefault(bunch.prompt_ids, OrderedDict())[bunch] = None
         if bunches:
-            self._beginners[line] = self._round[line] = None
+            self._beginners.to_end(line)
+            self._round.to_end(line)
         self._count(len(waiting), sum(each.held for each in waiting))
         return line
 
@@ -167,8 +207,8 @@ class Lines:
         """What runs next, and waits no longer; empty if nothing waits."""
         batch = _Batch(self._budget, self._pair_cost)
         while self._beginners and not batch.taken:
-            line = next(iter(self._beginners))
-            self._beginners.move_to_end(line)
+            line = self._beginners.first()
+            self._beginners.to_end(line)
             self._visit(line, batch)
         self._fill(batch)
         taken = batch.taken
@@ -180,17 +220,18 @@ class Lines:
         passed: list[Line] = []
         served: set[Line] = set()
         while self._round and not batch.full and len(passed) < _PATIENCE:
-            line = next(iter(self._round))
+            line = self._round.first()
             if self._visit(line, batch):
                 served.add(line)
             elif line in self._round:
-                del self._round[line]
+                self._round.remove(line)
                 passed.append(line)
+        passed = [line for line in passed if line.bunches]  # others' mates may have taken along all that waited
         for line in passed:
-            self._round[line] = None
+            self._round.to_end(line)
         for line in reversed(passed):
             if line not in served:
-                self._round.move_to_end(line, last=False)
+                self._round.to_front(line)
 
     def _visit(self, line: Line, batch: _Batch) -> bool:
         """Take the line's next sequence that fits, with what has the same prompt; False if none does."""
@@ -201,7 +242,7 @@ class Lines:
             if self._take(bunch, batch, self._budget):
                 self._bring_along(bunch, batch)
                 if line in self._round:
-                    self._round.move_to_end(line)
+                    self._round.to_end(line)
                 return True
         return False
 
@@ -232,8 +273,8 @@ class Lines:
             if not alike:
                 del self._bunches[bunch.prompt_ids]
         if not line.bunches:
-            del self._beginners[line]
-            self._round.pop(line, None)
+            self._beginners.remove(line)
+            self._round.remove(line)
 
     def _count(self, sequences: int, tokens: int) -> None:
         self.tokens += tokens
