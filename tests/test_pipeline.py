@@ -25,6 +25,7 @@ from densereward.pipeline import Pipeline, answer_to
 from densereward.settings import ModelSettings
 from densereward.startup import load
 from densereward_client.wire import TokenRewardsRequest, TokenRewardsResponse
+from fakes import FakeEngine
 from serving import NOT_BY_A_SCORE
 
 CLOSED = {"name": "red", "prefix_mode": "closed", "label": "red_closed"}
@@ -334,3 +335,30 @@ def test_base64_holds_the_same_numbers(score: Offline) -> None:
     assert plain.prefix_scores is not None
     assert encoded.prefix_scores is not None
     np.testing.assert_array_equal(plain.prefix_scores, encoded.prefix_scores)
+
+
+async def test_a_requests_priority_decides_over_who_came_first() -> None:
+    engine = FakeEngine()
+    tokenizer = tiny.make_tokenizer()
+    metrics = Metrics()
+    batcher = Batcher(engine, max_batch_tokens=4, max_queue_tokens=10**6, metrics=metrics)
+    pipeline = Pipeline("fake", engine, Aligner(tokenizer, 64, 320), batcher, metrics)
+
+    async def ask(mark: int, priority: int) -> None:
+        sample = {"prompt_token_ids": [mark], "response_token_ids": [mark, mark]}
+        body = {"samples": [sample] * 2, "priority": priority, "methods": ["sparse"]}
+        request = TokenRewardsRequest.model_validate(body)
+        await answer_to(pipeline, request, request.samples)
+
+    engine.gate.clear()
+    first = asyncio.create_task(ask(5, 0))
+    await asyncio.to_thread(engine.started.wait, 10)
+    others = [asyncio.create_task(ask(mark, priority)) for mark, priority in [(7, 9), (8, 0), (9, -9)]]
+    while b"densereward_queue_sequences 7.0" not in metrics.render():  # all but the one that runs
+        await asyncio.sleep(0.01)
+    engine.gate.set()
+    await asyncio.gather(first, *others)
+    await batcher.close()
+    marks = [ids[1] for batch in engine.batches for ids in batch]
+    assert marks[1:3] == [9, 9]
+    assert marks[-2:] == [7, 7]

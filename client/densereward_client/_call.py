@@ -64,6 +64,7 @@ def token_rewards_call(
     on_error: OnError,
     truncate: Truncate | None,
     encoding_format: EncodingFormat,
+    priority: int,
 ) -> Call[TokenRewardsResponse]:
     """POST /token_rewards."""
     request = _request(
@@ -76,6 +77,7 @@ def token_rewards_call(
         on_error=on_error,
         truncate=truncate,
         encoding_format=encoding_format,
+        priority=priority or None,
     )
     return _post("/token_rewards", request, TokenRewardsResponse, check_token_rewards, encoding_format)
 
@@ -87,10 +89,17 @@ def rewards_call(
     on_error: OnError,
     truncate: Truncate | None,
     encoding_format: EncodingFormat,
+    priority: int,
 ) -> Call[RewardsResponse]:
     """POST /rewards."""
     request = _request(
-        RewardsRequest, model=model, ensemble=ensemble, samples=samples, on_error=on_error, truncate=truncate
+        RewardsRequest,
+        model=model,
+        ensemble=ensemble,
+        samples=samples,
+        on_error=on_error,
+        truncate=truncate,
+        priority=priority or None,
     )
     return _post("/rewards", request, RewardsResponse, check_rewards, encoding_format)
 

@@ -47,6 +47,7 @@ class Client:
         api_key: Sent as `Authorization: Bearer KEY`.
         timeout: Seconds one call may take in all, its retries and pauses included.
         retries: How often a call is tried again after 429, 503 or a lost connection. Nothing else is tried again.
+        priority: Of all its calls: lower numbers are served before all that waits with a higher one.
         httpx_options: Further arguments of `httpx.Client`, such as `verify`, `proxy` or `limits`.
     """
 
@@ -57,9 +58,11 @@ class Client:
         api_key: str | None = None,
         timeout: float = 300.0,
         retries: int = 8,
+        priority: int = 0,
         **httpx_options: Any,
     ) -> None:
         self._limits = Limits(timeout, retries)
+        self._priority = priority
         self._http = httpx.Client(**_httpx_options(base_url, api_key, httpx_options))
 
     def token_rewards(
@@ -96,7 +99,9 @@ class Client:
             DenseRewardError: One of its kinds, by what went wrong.
         """
         return self._send(
-            token_rewards_call(samples, methods, include, model, ensemble, on_error, truncate, encoding_format)
+            token_rewards_call(
+                samples, methods, include, model, ensemble, on_error, truncate, encoding_format, self._priority
+            )
         )
 
     def rewards(
@@ -110,7 +115,7 @@ class Client:
         encoding_format: EncodingFormat = "base64",
     ) -> RewardsResponse:
         """One reward a sample, `answer.data[i].reward`. Arguments and errors are those of `token_rewards`."""
-        return self._send(rewards_call(samples, model, ensemble, on_error, truncate, encoding_format))
+        return self._send(rewards_call(samples, model, ensemble, on_error, truncate, encoding_format, self._priority))
 
     def bind(
         self, tokenizer: Any, *, model: Model | None = None, eos_token_ids: Sequence[int] | None = None
@@ -181,9 +186,11 @@ class AsyncClient:
         api_key: str | None = None,
         timeout: float = 300.0,
         retries: int = 8,
+        priority: int = 0,
         **httpx_options: Any,
     ) -> None:
         self._limits = Limits(timeout, retries)
+        self._priority = priority
         self._http = httpx.AsyncClient(**_httpx_options(base_url, api_key, httpx_options))
 
     async def token_rewards(
@@ -200,7 +207,9 @@ class AsyncClient:
     ) -> TokenRewardsResponse:
         """As `Client.token_rewards`."""
         return await self._send(
-            token_rewards_call(samples, methods, include, model, ensemble, on_error, truncate, encoding_format)
+            token_rewards_call(
+                samples, methods, include, model, ensemble, on_error, truncate, encoding_format, self._priority
+            )
         )
 
     async def rewards(
@@ -214,7 +223,9 @@ class AsyncClient:
         encoding_format: EncodingFormat = "base64",
     ) -> RewardsResponse:
         """As `Client.rewards`."""
-        return await self._send(rewards_call(samples, model, ensemble, on_error, truncate, encoding_format))
+        return await self._send(
+            rewards_call(samples, model, ensemble, on_error, truncate, encoding_format, self._priority)
+        )
 
     async def bind(
         self, tokenizer: Any, *, model: Model | None = None, eos_token_ids: Sequence[int] | None = None

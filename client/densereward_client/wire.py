@@ -192,6 +192,9 @@ class RewardsRequest(_Request):
         description="prompt_left: what is too long loses tokens at its prompt's beginning, but for a BOS, and the item "
         "says how many; the response is never touched. By default what is too long is refused.",
     )
+    priority: int = Field(
+        0, ge=-1000, le=1000, description="Lower numbers are served before all that waits with a higher one."
+    )
 
 
 class TokenRewardsRequest(RewardsRequest):

@@ -175,7 +175,7 @@ class Pipeline:
             DenseRewardError: what could not be served, and what to do next.
         """
         asked = [[each.sequence, *each.further] for each in work.aligned if isinstance(each, Aligned)]
-        results = iter(await self._batcher.score(list(chain(*asked))))
+        results = iter(await self._batcher.score(list(chain(*asked)), work.request.priority))
         return [
             _outcome(
                 next(results),

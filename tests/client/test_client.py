@@ -72,6 +72,13 @@ def test_a_batch_is_one_request_with_exactly_what_was_given(client: Client, serv
     }
 
 
+def test_a_clients_priority_goes_with_every_call(make_client: MakeClient, server: ScriptedServer) -> None:
+    client = make_client(priority=10)
+    client.rewards([{"prompt": "p", "response": "a"}])
+    client.token_rewards([{"prompt": "p", "response": "a"}])
+    assert [request.json["priority"] for request in server.received] == [10, 10]
+
+
 def test_defaults_leave_the_model_and_the_methods_to_the_server(client: Client, server: ScriptedServer) -> None:
     client.token_rewards([{"prompt": "", "response": "a"}])
     assert server.received[0].json == {

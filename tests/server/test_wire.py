@@ -127,7 +127,7 @@ LISTS: list[tuple[type[BaseModel], dict[str, Any]]] = [
     (GetRewardRequest, QUERIES | {"labels": [4, 5], "response_spans": None, "model": "x", "token_rewards": False}),
     (GetRewardRequest, QUERIES | {"prompts": [], "response_spans": [[], []], "method": {"name": "red", "beta": 0.5}}),
     (ClassifyRequest, {"input": "text", "user": "me"}),
-    (ClassifyRequest, {"input": ["text", [1, 2], '\\"]'], "priority": [1, ["x"]]}),
+    (ClassifyRequest, {"input": ["text", [1, 2], '\\"]'], "user": [1, ["x"]]}),
     (ClassifyRequest, {"input": [[1, 2], [3]], "model": "x"}),
     (PoolingRequest, {"input": [1, 2, 3], "task": "classify"}),
     (PoolingRequest, {"messages": [{"role": "user", "content": "x"}], "input": None}),

@@ -37,7 +37,7 @@ __all__ = ["ClassifyRequest", "PoolingRequest", "router"]
 
 router = APIRouter(dependencies=[Depends(require_key)], responses=ERRORS, tags=["compatibility"])
 
-_UNREAD = ("user", "priority", "cache_salt", "truncation_side")
+_UNREAD = ("user", "cache_salt", "truncation_side")
 """About no number."""
 
 _RENDERED = "dialogues are rendered by the model's own template, closed; give `input`, rendered as you need it"
@@ -111,6 +111,9 @@ class ClassifyRequest(BaseModel):
         None,
         description="Whether a text gets what the tokenizer writes round a text and is not there yet, such as a BOS: "
         "by default an `input` does, and `messages` do not. Ids never do.",
+    )
+    priority: int = Field(
+        0, ge=-1000, le=1000, description="Lower numbers are served before all that waits with a higher one."
     )
     request_id: str | None = Field(None, description="Echoed, as part of the answer's id.")
 
@@ -224,9 +227,9 @@ def _request(asked: ClassifyRequest) -> RewardsRequest:
     """The request without its samples, which travel beside it."""
     if _wants_prefixes(asked):
         return TokenRewardsRequest.model_construct(
-            model=asked.model, samples=[], methods=["sparse"], include=["prefix_scores"]
+            model=asked.model, samples=[], priority=asked.priority, methods=["sparse"], include=["prefix_scores"]
         )
-    return RewardsRequest.model_construct(model=asked.model, samples=[])
+    return RewardsRequest.model_construct(model=asked.model, samples=[], priority=asked.priority)
 
 
 def _wants_prefixes(asked: ClassifyRequest) -> bool:
