@@ -90,6 +90,8 @@ class Service:
         )
         if isinstance(engine, StreamingEngine):
             self.metrics.engine(engine.metrics)
+            if self._repeatable:
+                logger.warning("%s: its engine decides what runs together: last digits may differ between runs", name)
         self.metrics.budget(name, budget)
         if not self.draining:
             facts = engine.facts

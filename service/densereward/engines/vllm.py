@@ -11,12 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import fields
-from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,20 +21,14 @@ from jaxtyping import Float32
 
 from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixMode, PrefixScores, ScoringInput, Variants
 from densereward.engines.base import TOLERANCE, EngineFacts
+from densereward.engines.loop_thread import LoopThread
 from densereward.engines.torch.facts import special_ids
 from densereward.engines.torch.loading import Dtype
-from densereward.engines.vllm_model import Served, check_version, refuse_arguments, served
+from densereward.engines.vllm_model import Served, check_installed, engine_arguments, served
 from densereward.engines.vllm_worker import Asked
 from densereward.errors import EngineDied, EngineFailure, ModelError
 
 __all__ = ["VllmEngine"]
-
-T = TypeVar("T")
-
-_EXTENSION = "densereward.engines.vllm_worker.RowsExtension"
-
-_KEYS_ON_CPU = 2**30
-"""Bytes for keys and values where no GPU's memory is to be filled with them."""
 
 _WATCH = 0.5
 """Seconds between looks at whether the engine's processes live."""
@@ -68,11 +59,11 @@ class VllmEngine:
         *,
         keeps_prompts: bool = True,
     ) -> None:
-        self._thread = _LoopThread()
+        self._thread = LoopThread()
         self.death: Future[EngineDied] = Future()
         self._numbers = itertools.count()
         try:
-            given = _engine_arguments(model, arguments, dtype, batch_tokens, keeps_prompts=keeps_prompts)
+            given = engine_arguments(model, arguments, dtype, batch_tokens, keeps_prompts=keeps_prompts)
             self._llm: Any = self._thread.run(_started(given))
         except Exception:
             self._thread.close()
@@ -114,7 +105,7 @@ class VllmEngine:
         Raises:
             ModelError: no vLLM, one that is not known here, or a model that it cannot be given.
         """
-        _check_installed(device)
+        check_installed(device)
         return cls(
             served(source, revision, longest), arguments or {}, dtype, batch_tokens, keeps_prompts=prompt_cache > 0
         )
@@ -280,59 +271,6 @@ def _captured(sequence: ScoringInput, scores: Float32[np.ndarray, " _"], rows: d
     )
 
 
-def _check_installed(device: str) -> None:
-    """Find out before anything is loaded.
-
-    Raises:
-        ModelError: no vLLM, one that is not known here, or one for another kind of device.
-    """
-    # Nothing is told to anybody about who serves what, and no process is forked from one with threads.
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    try:
-        from vllm import __version__
-        from vllm.platforms import current_platform
-    except ImportError as error:
-        raise ModelError(f"vLLM is not installed ({error}): pip install 'densereward[vllm]'") from error
-    check_version(__version__)
-    if device not in ("auto", current_platform.device_type):
-        raise ModelError(
-            f"this vLLM runs on {current_platform.device_type}, not on {device}; which GPUs it takes is chosen by "
-            "CUDA_VISIBLE_DEVICES"
-        )
-
-
-def _engine_arguments(
-    model: Served, given: dict[str, Any], dtype: Dtype, batch_tokens: int | None, *, keeps_prompts: bool
-) -> Any:
-    from vllm.config import PoolerConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.platforms import current_platform
-
-    refuse_arguments(list(given), [each.name for each in fields(AsyncEngineArgs)])
-    on_cpu = current_platform.device_type == "cpu"
-    # Where attention is part of a CUDA graph, nothing can be kept of it; between pieces of graphs it can.
-    suited: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": _KEYS_ON_CPU} if on_cpu else {}
-    suited = suited or {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
-    chosen = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
-    own: dict[str, Any] = {
-        "model": model.source,
-        "revision": model.revision,
-        "runner": "pooling",
-        "dtype": chosen,
-        "max_model_len": model.longest,
-        "max_num_batched_tokens": batch_tokens,
-        "pooler_config": PoolerConfig(seq_pooling_type="LAST", tok_pooling_type="ALL", use_activation=False),
-        "hf_overrides": {"head_dtype": "float32"},
-        "worker_extension_cls": _EXTENSION,
-        "skip_tokenizer_init": True,
-        "trust_remote_code": False,
-        "load_format": "safetensors",
-    }
-    ours: dict[str, Any] = {"enable_prefix_caching": keeps_prompts, "enable_chunked_prefill": True}
-    return AsyncEngineArgs(**(suited | ours | given | own))
-
-
 async def _started(arguments: Any) -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -373,34 +311,3 @@ def _facts(model: Served, llm: Any, missing: dict[int, str]) -> EngineFacts:
         shares_prompts=False,
         advice="--engine torch gives closed prefixes, contributions, received attention and gradients",
     )
-
-
-class _LoopThread:
-    """An event loop in a thread of its own."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = Thread(target=self._loop.run_forever, name="vllm", daemon=True)
-        self._thread.start()
-
-    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start it there."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Start it there and wait."""
-        return self.submit(work).result()
-
-    def close(self) -> None:
-        """Cancel what still runs, and end."""
-
-        async def cancel_all() -> None:
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-
-        self.run(cancel_all())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()

@@ -1,4 +1,4 @@
-"""What vLLM may be given: reward models that it reads as their family does, in versions whose insides are known here.
+"""What vLLM may be given, and how it is told: models that it reads as their family does, by versions known here.
 
 vLLM loads much that it then reads in its own way: it squashes scores, takes a language model for a classifier, or
 leaves a normaliser out. Here the head is found as for the torch engine, from the config and the heads of the files, and
@@ -8,20 +8,30 @@ only those pass that vLLM reads alike.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from densereward.engines.torch.adapters import adapter_of
-from densereward.engines.torch.loading import max_length, read_config
+from densereward.engines.torch.loading import Dtype, max_length, read_config
 from densereward.engines.torch.weights import weight_files, weight_shapes
 from densereward.errors import ModelError
 from densereward.heads import head_for
 from densereward.heads.base import Checkpoint
 
-__all__ = ["OWN_ARGUMENTS", "VERSIONS", "Served", "check_version", "refuse_arguments", "served"]
+__all__ = [
+    "OWN_ARGUMENTS",
+    "VERSIONS",
+    "Served",
+    "check_installed",
+    "check_version",
+    "engine_arguments",
+    "refuse_arguments",
+    "served",
+]
 
 VERSIONS = ("0.32", "0.33")
 """Of vLLM; the hooks in `vllm_worker` are written for their insides. The first is the one the tests run."""
@@ -47,6 +57,11 @@ OWN_ARGUMENTS = frozenset(
     }
 )
 """Arguments of vLLM's engine that are this server's own settings, or would change what is scored."""
+
+_EXTENSION = "densereward.engines.vllm_worker.RowsExtension"
+
+_KEYS_ON_CPU = 2**30
+"""Bytes for keys and values where no GPU's memory is to be filled with them."""
 
 _TORCH = "serve it with --engine torch"
 
@@ -143,3 +158,68 @@ def refuse_arguments(given: Sequence[str], known: Sequence[str]) -> None:
             f"--engine-arguments: {', '.join(own)} cannot be set there; for what an operator may choose there are "
             "--model, --revision, --dtype, --max-length and --max-batch-tokens"
         )
+
+
+def check_installed(device: str) -> None:
+    """Find out before anything is loaded.
+
+    Raises:
+        ModelError: no vLLM, one that is not known here, or one for another kind of device.
+    """
+    # Nothing is told to anybody about who serves what, and no process is forked from one with threads.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    try:
+        from vllm import __version__
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise ModelError(f"vLLM is not installed ({error}): pip install 'densereward[vllm]'") from error
+    check_version(__version__)
+    if device not in ("auto", current_platform.device_type):
+        raise ModelError(
+            f"this vLLM runs on {current_platform.device_type}, not on {device}; which GPUs it takes is chosen by "
+            "CUDA_VISIBLE_DEVICES"
+        )
+
+
+def engine_arguments(
+    model: Served, given: dict[str, Any], dtype: Dtype, batch_tokens: int | None, *, keeps_prompts: bool
+) -> Any:
+    """What vLLM's engine is started with.
+
+    Args:
+        model: the model.
+        given: the operator's own arguments, which win over what suits the device.
+        dtype: of the weights; by default float32 on the CPU, else bfloat16.
+        batch_tokens: tokens in one pass; by default what vLLM takes.
+        keeps_prompts: whether keys of prompts are kept for later passes.
+
+    Raises:
+        ModelError: an argument that vLLM's engine does not have, or that is not the operator's.
+    """
+    from vllm.config import PoolerConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    refuse_arguments(list(given), [each.name for each in fields(AsyncEngineArgs)])
+    on_cpu = current_platform.device_type == "cpu"
+    # Where attention is part of a CUDA graph, nothing can be kept of it; between pieces of graphs it can.
+    suited: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": _KEYS_ON_CPU} if on_cpu else {}
+    suited = suited or {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+    chosen = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
+    own: dict[str, Any] = {
+        "model": model.source,
+        "revision": model.revision,
+        "runner": "pooling",
+        "dtype": chosen,
+        "max_model_len": model.longest,
+        "max_num_batched_tokens": batch_tokens,
+        "pooler_config": PoolerConfig(seq_pooling_type="LAST", tok_pooling_type="ALL", use_activation=False),
+        "hf_overrides": {"head_dtype": "float32"},
+        "worker_extension_cls": _EXTENSION,
+        "skip_tokenizer_init": True,
+        "trust_remote_code": False,
+        "load_format": "safetensors",
+    }
+    ours: dict[str, Any] = {"enable_prefix_caching": keeps_prompts, "enable_chunked_prefill": True}
+    return AsyncEngineArgs(**(suited | ours | given | own))
