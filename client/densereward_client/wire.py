@@ -193,7 +193,10 @@ class RewardsRequest(_Request):
         "says how many; the response is never touched. By default what is too long is refused.",
     )
     priority: int = Field(
-        0, ge=-1000, le=1000, description="Lower numbers are served before all that waits with a higher one."
+        0,
+        ge=-1000,
+        le=1000,
+        description="Lower numbers are served before all that waits with a higher one, which may wait for ever.",
     )
 
 

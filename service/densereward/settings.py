@@ -184,6 +184,8 @@ class ModelSettings(BaseSettings):
         unheeded = {"head": self.head, "step_separator": self.step_separator, "allow pickle": "pickle" in self.allow}
         if self.engine == "vllm" and (given := [name for name, value in unheeded.items() if value]):
             raise ValueError(f"{', '.join(given)}: not with --engine vllm; such models are served by --engine torch")
+        if self.engine == "vllm" and len(self.model) > 1:
+            raise ValueError("with --engine vllm a server has one model; start one for each")
         return self
 
     @property

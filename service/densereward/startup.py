@@ -32,7 +32,7 @@ def load(settings: ModelSettings, source: str | None = None) -> tuple[Engine, Al
     """
     source = source or next(iter(settings.sources.values()))
     engine, aligner = load_unchecked(settings, source)
-    with _as_model_error(source):
+    with _as_model_error(source), _closing_on_failure(engine):
         _examine(engine, aligner, settings, source)
     return engine, aligner
 
@@ -61,6 +61,21 @@ def _examine(engine: Engine, aligner: Aligner, settings: ModelSettings, source: 
 
 def _load(settings: ModelSettings, source: str) -> tuple[Engine, Aligner]:
     engine = _engine(settings, source)
+    with _closing_on_failure(engine):
+        return engine, _aligner(_read_tokenizer(settings, source), engine)
+
+
+@contextmanager
+def _closing_on_failure(engine: Engine) -> Iterator[None]:
+    """An engine that is not served must not stay, least of all one with processes of its own."""
+    try:
+        yield
+    except Exception:
+        engine.close()
+        raise
+
+
+def _read_tokenizer(settings: ModelSettings, source: str) -> Any:
     from densereward.engines.torch.adapters import base_of
 
     try:
@@ -71,7 +86,7 @@ def _load(settings: ModelSettings, source: str) -> tuple[Engine, Aligner]:
         tokenizer = _tokenizer(base, None)
     if settings.chat_template is not None:
         tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
-    return engine, _aligner(tokenizer, engine)
+    return tokenizer
 
 
 def _engine(settings: ModelSettings, source: str) -> Engine:

@@ -71,7 +71,7 @@ class Stream(Batcher):
 
     def _admit(self, tokens: int) -> None:
         if self._dead is not None:
-            raise self._dead
+            raise _again(self._dead)
         super()._admit(tokens)
 
     async def _work(self) -> None:
@@ -87,10 +87,14 @@ class Stream(Batcher):
 
     def _hand_over(self, each: Waiting) -> None:
         if self._dead is not None:
-            each.future.set_exception(self._dead)
+            each.future.set_exception(_again(self._dead))
             return
         started = time.perf_counter()
-        given = asyncio.wrap_future(self._stream.submit(each.sequence))
+        try:
+            given = asyncio.wrap_future(self._stream.submit(each.sequence))
+        except Exception as error:  # whatever it is, the queue must go on
+            each.future.set_exception(as_failure(error))
+            return
         self._running[given] = each
         self._tokens_running += each.held
         given.add_done_callback(lambda done: self._take_back(done, each, started))
@@ -102,8 +106,9 @@ class Stream(Batcher):
         self._tokens_running -= each.held
         self._arrived.set()
         now = time.perf_counter()
-        self._speed.add(each.held, now - max(started, self._last_back))  # others ran in the same time
-        self._last_back = now
+        if not given.cancelled():
+            self._speed.add(each.held, now - max(started, self._last_back))  # others ran in the same time
+            self._last_back = now
         if each.future.done():
             return
         if given.cancelled():
@@ -123,7 +128,12 @@ class Stream(Batcher):
             waiting += batch
         for each in waiting:
             if not each.future.done():
-                each.future.set_exception(self._dead)
+                each.future.set_exception(_again(self._dead))
         for given in list(self._running):
             given.cancel()
         self._on_death(self._dead)
+
+
+def _again(error: EngineDied) -> EngineDied:
+    """One for each caller, whose request's id it will carry."""
+    return EngineDied(error.message, retry_after=error.retry_after)

@@ -32,6 +32,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "mistral": {"head_dim": 32, "sliding_window": 50},
     "gemma2": {"head_dim": 32, "sliding_window": 50},
+    "mixtral": {"head_dim": 32},
 }
 Start = Callable[..., Any]
 
@@ -164,6 +165,22 @@ def test_a_process_that_ends_fails_all_it_held_and_all_that_comes(start_vllm: St
             engine.forward([sequence(5)])
     finally:
         engine.close()
+
+
+def test_a_start_that_fails_leaves_no_process_behind(start_vllm: Start, tmp_path: Path) -> None:
+    others = children_named("EngineCore", os.getpid())
+    tiny.save(tmp_path, head_dim=32, is_causal=False)  # which vLLM heeds
+    with pytest.raises(ModelError, match="looks ahead"):
+        start_vllm(tmp_path)
+    assert children_named("EngineCore", os.getpid()) == others
+
+
+def test_a_model_that_reads_little_is_looked_at_within_that(model_folder: Path) -> None:
+    from densereward.engines import ENGINES
+
+    engine = ENGINES["vllm"].load(str(model_folder), arguments={"kv_cache_memory_bytes": 2**26}, longest=20)
+    engine.close()
+    engine.close()
 
 
 def test_arguments_that_vllm_refuses_are_a_model_error(start_vllm: Start, model_folder: Path) -> None:

@@ -74,12 +74,32 @@ def _normalised(folder: Path) -> Path:
     return folder
 
 
+def _windowed(folder: Path) -> Path:
+    tiny.save(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 9}))
+    return folder
+
+
+def _made_of_a_language_model(folder: Path) -> Path:
+    tiny.save(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"classifier_from_token": ["yes", "no"]}))
+    return folder
+
+
+def test_a_window_that_both_have_is_taken(tmp_path: Path) -> None:
+    assert served(str(tiny.save(tmp_path, "mistral")), None, None).config.sliding_window == 9
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
         (_two_labels, "num_labels = 2"),
         (_without_head, r"no weight called score\.weight"),
         (_normalised, "the head openrlhf are not read by vLLM as by their family; serve it with --engine torch"),
+        (_windowed, "transformers has none in llama; take it out"),
+        (_made_of_a_language_model, "with `classifier_from_token` in its config"),
         (tiny.save_judge, "the head token_classifier"),
         (tiny.save_encoder, "the head encoder"),
         (tiny.save_language_model, "a language model without a score head"),
@@ -103,6 +123,7 @@ def test_without_vllm_the_start_says_how_to_install_it(tiny_llama: Path) -> None
         ({"engine": "vllm", "head": "nemotron"}, "head: not with --engine vllm"),
         ({"engine": "vllm", "step_separator": "\\n"}, "step_separator: not with"),
         ({"engine": "vllm", "allow": ["pickle"]}, "allow pickle: not with"),
+        ({"engine": "vllm", "model": ["a=x", "b=y"]}, "a server has one model"),
     ],
 )
 def test_settings_that_the_engine_does_not_heed_are_refused(given: dict[str, Any], why: str) -> None:

@@ -78,7 +78,7 @@ class Worker:
 
     def __init__(self, layers: dict[int, Any], ranks: Any = None) -> None:
         self.layers = layers
-        rows = Rows(layers, ranks or SimpleNamespace(world_size=1))
+        self.rows = rows = Rows(layers, ranks or SimpleNamespace(world_size=1))
         for index, layer in layers.items():
             layer.impl.forward = rows.around_kernel(index, layer.impl.forward)
         self._run = rows.around_pass(self._pass)
@@ -227,10 +227,35 @@ def test_heads_of_several_ranks_are_averaged() -> None:
     np.testing.assert_allclose(output[:, 1], 1.5 * expected(worker, "a", 4, 0), atol=1e-6)
 
 
+def test_a_chunk_that_was_lost_costs_the_row_and_not_the_scores() -> None:
+    worker = Worker({0: layer_of()})
+    worker.run(("a", Asked((0,)), 6, 0, 2))
+    worker.skips_kernels = True
+    worker.run(("a", Asked((0,)), 6, 2, 4))
+    worker.skips_kernels = False
+    assert tuple(worker.run(("a", Asked((0,)), 6, 4, 6))["a"].shape) == (6, 1)
+
+
+def test_a_failure_of_a_hook_costs_the_row_and_not_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    worker = Worker({0: layer_of()})
+    monkeypatch.setattr("densereward.engines.vllm_worker.attended", fail)
+    assert tuple(worker.run(("a", Asked((0,)), 3, 0, 3))["a"].shape) == (3, 1)
+    monkeypatch.setattr("densereward.engines.vllm_worker._Pass", fail)
+    assert tuple(worker.run(("b", Asked((0,)), 3, 0, 3))["b"].shape) == (3, 1)
+
+
+def test_errors_of_several_ranks_are_not_averaged_away() -> None:
+    other = SimpleNamespace(world_size=4, all_reduce=lambda tensor: tensor + 8)
+    output = Worker({0: layer_of()}, other).run(("a", Asked((0,), checks=True), 4, 0, 4))["a"]
+    assert float(output[0, 2]) == pytest.approx(8, abs=1e-4)
+
+
 def test_nothing_is_kept_where_nobody_wants_rows() -> None:
-    layer = layer_of()
-    worker = Worker({0: layer})
+    worker = Worker({0: layer_of()})
     worker.run(("a", Asked((0,)), 3, 0, 2))
     worker.run(("b", Asked(), 3, 0, 3), finished=("a",))
-    kept = [each for state in worker._states.values() for each in vars(state)]
-    assert kept.count("densereward_keys") == 1  # of the request that vLLM itself has forgotten with its state
+    assert not worker.rows._passes
+    assert not worker.rows._asked

@@ -81,9 +81,7 @@ class Check(ModelSettings, cli_prog_name="densereward check", **FLAGS):
         yield from examine(engine, aligner, self.allow)
         if isinstance(engine, StreamingEngine):
             alike = {"engine": "torch", "engine_arguments": {}, "device": "cpu", "dtype": "float32"}
-            exact, _ = load_unchecked(self.model_copy(update=alike))
-            finding = compared(engine, exact)
-            exact.close()
+            finding = _beside_torch(engine, self.model_copy(update=alike))
             yield finding if finding.name not in self.allow else replace(finding, status="allowed")
         elif engine.facts.dtype != "float32" and self._rounds():
             exact, _ = load_unchecked(self.model_copy(update={"dtype": "float32"}))
@@ -93,6 +91,17 @@ class Check(ModelSettings, cli_prog_name="densereward check", **FLAGS):
         yield _speed(engine)
         yield _memory(engine)
         engine.close()
+
+
+def _beside_torch(engine: Engine, settings: ModelSettings) -> Finding:
+    """How far an engine is from the torch engine, where that can load the model."""
+    try:
+        exact, _ = load_unchecked(settings)
+    except ModelError as error:
+        return Finding("parity", "warning", f"it cannot be compared with the torch engine: {error.message}")
+    finding = compared(engine, exact)
+    exact.close()
+    return finding
 
 
 def _speed(engine: Engine) -> Finding:
@@ -109,6 +118,10 @@ def _memory(engine: Engine) -> Finding:
     """What the weights take, and the most that was taken while all of this ran."""
     import torch
 
+    if isinstance(engine, StreamingEngine):
+        return Finding(
+            "memory", "ok", f"the weights take {_amount(engine.facts.weights_bytes)}; the engine's log has more"
+        )
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     text = f"the weights take {_amount(engine.facts.weights_bytes)}, this process took at most {_amount(most)}"
     if torch.cuda.is_available():

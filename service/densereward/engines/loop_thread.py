@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from threading import Thread
@@ -18,8 +19,13 @@ class LoopThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = Thread(target=self._loop.run_forever, name="engine-loop", daemon=True)
+        self._thread = Thread(target=self._run, name="engine-loop", daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        # Processes inherit it: Ctrl-C goes to all of a terminal's, and is the server's to answer by draining.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        self._loop.run_forever()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Start it there."""

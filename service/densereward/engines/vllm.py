@@ -20,10 +20,11 @@ import torch
 from jaxtyping import Float32
 
 from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixMode, PrefixScores, ScoringInput, Variants
-from densereward.engines.base import TOLERANCE, EngineFacts
+from densereward.engines.base import EngineFacts
 from densereward.engines.loop_thread import LoopThread
 from densereward.engines.torch.facts import special_ids
 from densereward.engines.torch.loading import Dtype
+from densereward.engines.vllm_checks import check_engine
 from densereward.engines.vllm_model import Served, check_installed, engine_arguments, served
 from densereward.engines.vllm_worker import Asked
 from densereward.errors import EngineDied, EngineFailure, ModelError
@@ -32,6 +33,9 @@ __all__ = ["VllmEngine"]
 
 _WATCH = 0.5
 """Seconds between looks at whether the engine's processes live."""
+
+_TOGETHER = 4
+"""Layers whose keys a request keeps at once."""
 
 _DIED = "the engine's process ended; this server stops taking requests and exits, so that its supervisor restarts it"
 
@@ -71,7 +75,7 @@ class VllmEngine:
         try:
             self._rows, missing = _rows(self._thread.run(self._llm.collective_rpc("densereward_watch")))
             self.facts = _facts(model, self._llm, missing)
-            self._check_rows()
+            self._thread.run(check_engine(self, self._rows))
         except Exception:
             self.close()
             raise
@@ -121,7 +125,7 @@ class VllmEngine:
 
         The future fails with `EngineFailure` where this sequence cannot be scored, with `EngineDied` where none can.
         """
-        return self._thread.submit(self._scored(sequence))
+        return self._thread.submit(self.scored(sequence))
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         """Score a batch, in as many passes as vLLM takes.
@@ -170,6 +174,8 @@ class VllmEngine:
         """End vLLM's processes."""
         self.death.cancel()
         llm, self._llm = self._llm, None
+        if llm is None:
+            return
         with contextlib.suppress(Exception):  # what is dead already cannot be shut down
             self._thread.run(_shut_down(llm))
         self._thread.close()
@@ -182,15 +188,27 @@ class VllmEngine:
         if self.death.set_running_or_notify_cancel():
             self.death.set_result(EngineDied(_DIED, retry_after=30.0))
 
-    async def _scored(self, sequence: ScoringInput, *, checks: bool = False) -> Captured:
+    async def scored(self, sequence: ScoringInput) -> Captured:
+        """`submit`, in the engine's own loop."""
         wanted = sorted({need.layer % self.facts.layers for need in sequence.needs if isinstance(need, AttentionRow)})
-        asked = Asked(tuple(wanted), checks)
         everywhere = bool(wanted) or PrefixScores("open") in sequence.needs
-        given = await self._pooled(sequence, asked, everywhere=everywhere)
-        scores, columns = given[:, 0], given[:, 1:].T
-        if checks:
-            self._check_errors(columns[len(wanted) :], wanted)
-        return _captured(sequence, scores, dict(zip(wanted, columns, strict=False)), self.facts.layers)
+        rows: dict[int, Float32[np.ndarray, " S"]] = {}
+        for layers in _few(wanted) or [()]:
+            given = await self._pooled(sequence, Asked(layers), everywhere=everywhere)
+            rows |= dict(zip(layers, given[:, 1:].T, strict=True))
+        return _captured(sequence, given[:, 0], rows, self.facts.layers)
+
+    async def row_errors(self, sequence: ScoringInput, layers: Sequence[int]) -> dict[int, float]:
+        """How far each layer's row is from giving what its kernel computed; see `vllm_worker`.
+
+        Raises:
+            EngineFailure: there is no row.
+        """
+        errors: dict[int, float] = {}
+        for few in _few(layers):
+            given = await self._pooled(sequence, Asked(few, checks=True), everywhere=True)
+            errors |= dict(zip(few, given[0, 1 + len(few) :].tolist(), strict=True))
+        return errors
 
     async def _pooled(self, sequence: ScoringInput, asked: Asked, *, everywhere: bool) -> Float32[np.ndarray, "_ _"]:
         """What vLLM gives: of all positions, or of the last one alone."""
@@ -210,7 +228,9 @@ class VllmEngine:
             data: torch.Tensor = [each.outputs.data async for each in given][-1].float()
         except EngineDeadError as error:
             raise EngineDied(_DIED, retry_after=30.0) from error
-        except Exception as error:  # whatever vLLM raises is about this sequence
+        except Exception as error:  # whatever vLLM raises is about this sequence, or about its end
+            if self._llm is None or self._llm.errored:
+                raise EngineDied(_DIED, retry_after=30.0) from error
             raise EngineFailure(f"vLLM failed: {type(error).__name__}: {error.__cause__ or error}") from error
         numbers = data if everywhere else data.reshape(1, -1)
         expected = (len(ids) if everywhere else 1, 1 + len(asked.layers) * (2 if asked.checks else 1))
@@ -229,32 +249,10 @@ class VllmEngine:
         if not 0 <= min(ids) <= max(ids) < self.facts.vocabulary_size:
             raise EngineFailure(f"token ids must be below {self.facts.vocabulary_size}")
 
-    def _check_rows(self) -> None:
-        """Weighted values must be what each layer's kernel gave: in one chunk, and in several if there can be any.
 
-        Raises:
-            ModelError: they are not, or nothing was captured.
-        """
-        needs: frozenset[Need] = frozenset(AttentionRow(layer) for layer in self._rows)
-        if not needs:
-            return
-        longest = min(self.facts.max_length, self.facts.batch_tokens + 16)
-        ids = np.random.default_rng(3).integers(0, self.facts.vocabulary_size, longest).tolist()
-        probes = [ScoringInput(ids[:length], 1, length - 1, length - 1, needs=needs) for length in {48, longest}]
-        try:
-            for each in probes:
-                self._thread.run(self._scored(each, checks=True))
-        except EngineFailure as error:
-            raise ModelError(f"attention rows cannot be taken from this vLLM: {error.message}") from error
-
-    def _check_errors(self, errors: Float32[np.ndarray, "A S"], layers: Sequence[int]) -> None:
-        limit = 10 * TOLERANCE[self.facts.dtype] if self.facts.dtype == "float32" else TOLERANCE[self.facts.dtype]
-        for layer, error in zip(layers, errors.max(axis=1), strict=True):
-            if not error <= limit:
-                raise ModelError(
-                    f"the attention row of layer {layer} is off by {error:.2g} from what its kernel computed; serve "
-                    "this model with --engine torch"
-                )
+def _few(layers: Sequence[int]) -> list[tuple[int, ...]]:
+    """Layers whose rows are taken together: the keys of each are kept until a sequence is whole."""
+    return [tuple(layers[i : i + _TOGETHER]) for i in range(0, len(layers), _TOGETHER)]
 
 
 def _captured(sequence: ScoringInput, scores: Float32[np.ndarray, " _"], rows: dict[int, Any], layers: int) -> Captured:

@@ -54,6 +54,18 @@ OWN_ARGUMENTS = frozenset(
         "load_format",
         "data_parallel_size",
         "pipeline_parallel_size",
+        "hf_config_path",
+        "config_format",
+        "code_revision",
+        "model_weights",
+        "model_class_overrides",
+        "worker_cls",
+        "scheduler_cls",
+        "enable_lora",
+        "speculative_config",
+        "kv_transfer_config",
+        "kv_offloading_size",
+        "kv_offloading_backend",
     }
 )
 """Arguments of vLLM's engine that are this server's own settings, or would change what is scored."""
@@ -67,6 +79,13 @@ _TORCH = "serve it with --engine torch"
 
 _READ_ALIKE = frozenset({"bradley_terry"})
 """Heads that vLLM reads as their families do: a linear layer `score`, for every position by itself."""
+
+
+_READ_WINDOWS = frozenset({"mistral", "ministral", "mixtral", "phi3", "phimoe", "starcoder2"})
+"""Types of models whose layers all have a `sliding_window` that comes without `layer_types`, in transformers too."""
+
+_ONLY_VLLMS = ("method", "classifier_from_token")
+"""Of a config: with these, vLLM makes a head out of the language model's, whatever head there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +130,7 @@ def served(source: str, revision: str | None, longest: int | None) -> Served:
         raise ModelError(f"{source}: {error.message}") from error
     if not checkpoint.holds("score.weight"):
         raise ModelError(f"{source} has no weight called score.weight; such a head would be random")
+    _refuse_otherwise_read(source, config)
     files = [Path(each) for each in weight_files(source, revision)]
     return Served(
         source=source,
@@ -121,6 +141,23 @@ def served(source: str, revision: str | None, longest: int | None) -> Served:
         fingerprint=_fingerprint(files),
         size=sum(each.stat().st_size for each in files),
     )
+
+
+def _refuse_otherwise_read(source: str, config: Any) -> None:
+    """Refuse a config that vLLM reads in another way than transformers.
+
+    Raises:
+        ModelError: it is one.
+    """
+    text = config.get_text_config()
+    windowed = getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None)
+    if windowed and text.model_type not in _READ_WINDOWS:
+        raise ModelError(
+            f"{source}: vLLM heeds the sliding_window in its config, and transformers has none in {text.model_type}; "
+            f"take it out if the model was trained without, or {_TORCH}"
+        )
+    if found := [name for name in _ONLY_VLLMS if getattr(text, name, None) is not None]:
+        raise ModelError(f"{source}: with `{found[0]}` in its config, vLLM makes a head of its own; {_TORCH}")
 
 
 def _fingerprint(files: Sequence[Path]) -> str:

@@ -9,11 +9,13 @@ made, averaged over the heads of all tensor-parallel ranks, and appended to its 
     [S, 1] scores  ->  [S, 1 + A] scores, then a row for each of A layers
                    ->  [S, 1 + 2 A] for a request that checks: how far each row is from giving the layer's output
 
-Nothing is kept of requests that want no rows. A request that vLLM preempted starts again at its first token.
+Nothing is kept of requests that want no rows. A request that vLLM preempted starts again at its first token. Whatever
+goes wrong here costs a request its columns, which the engine misses, and never the process, which is everybody's.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +25,8 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 __all__ = ["Asked", "Rows", "RowsExtension", "attended"]
+
+logger = logging.getLogger("vllm.densereward")
 
 _KEPT = "densereward_keys"
 """Under this name a request's pooling state holds what its earlier chunks left."""
@@ -68,6 +72,11 @@ class _Chunks:
 
     keys: list[Float[Tensor, "_ K D"]] = field(default_factory=list)
     values: list[Float[Tensor, "_ K V"]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """From the sequence's first on."""
+        return sum(map(len, self.keys))
 
 
 class RowsExtension:
@@ -141,11 +150,17 @@ class Rows:
         ) -> Any:
             result = forward(layer, query, key, value, cache, metadata, output, *rest, **named)
             if index in self._watched and metadata is not None:
-                checked = (value.clone(), output.clone()) if self._checks else (None, None)
-                self._passes[index] = _Pass(query.clone(), key.clone(), *checked)
+                self._copy(index, query, key, value, output)
             return result
 
         return run
+
+    def _copy(self, index: int, query: Any, key: Any, value: Any, output: Any) -> None:
+        try:
+            checked = (value.clone(), output.clone()) if self._checks else (None, None)
+            self._passes[index] = _Pass(query.clone(), key.clone(), *checked)
+        except Exception:  # most of all, no memory
+            logger.exception("attention of layer %d could not be kept", index)
 
     def around_pooler(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Behind a pass: cut up by request what was kept, and give whole requests their rows."""
@@ -158,8 +173,13 @@ class Rows:
             outputs = forward(hidden_states, pooling_metadata)
             if cursor is None or not any(asked.layers for asked in wanted):
                 return outputs
-            rows = self._rows(pooling_metadata, wanted)
-            self._passes.clear()
+            try:
+                rows = self._rows(pooling_metadata, wanted)
+            except Exception:  # most of all, no memory
+                logger.exception("attention rows could not be made")
+                return outputs
+            finally:
+                self._passes.clear()
             return [_appended(each, rows.get(i)) for i, each in enumerate(outputs)]
 
         return run
@@ -169,22 +189,24 @@ class Rows:
         cursor, stop = metadata.pooling_cursor, 0
         columns: dict[int, Float32[Tensor, "S _"]] = {}
         counts, finished = cursor.num_scheduled_tokens_cpu.tolist(), cursor.get_finished_mask()
-        for i, (asked, count) in enumerate(zip(wanted, counts, strict=True)):
+        places = zip(wanted, metadata.pooling_states, counts, _starts(cursor), strict=True)
+        for i, (asked, state, count, start) in enumerate(places):
             stop += count
-            # Without its hook a kernel leaves nothing; the engine fails requests whose columns are missing.
-            if not asked.layers or not self._passes.keys() >= set(asked.layers):
+            if not asked.layers:
                 continue
-            state = metadata.pooling_states[i]
-            kept = self._keep(state, asked, slice(stop - count, stop))
+            kept = self._keep(state, asked, slice(stop - count, stop), start)
             if finished[i]:
-                columns[i] = self._columns(asked, kept, stop - 1)
-                delattr(state, _KEPT)
-        return _mean_over_ranks(columns, self._ranks)
+                if kept is not None:
+                    columns[i] = self._columns(asked, kept, stop - 1)
+                _forget(state)
+        return _over_ranks(columns, wanted, self._ranks)
 
-    def _keep(self, state: Any, asked: Asked, tokens: slice) -> dict[int, _Chunks]:
-        """This pass's part of a request, behind those of earlier ones."""
+    def _keep(self, state: Any, asked: Asked, tokens: slice, start: int) -> dict[int, _Chunks] | None:
+        """This pass's part of a request, behind those of earlier ones; None if any of them was lost."""
         kept: dict[int, _Chunks] = getattr(state, _KEPT, None) or {layer: _Chunks() for layer in asked.layers}
         setattr(state, _KEPT, kept)
+        if not self._passes.keys() >= kept.keys() or any(chunks.tokens != start for chunks in kept.values()):
+            return None
         for layer, chunks in kept.items():
             seen = self._passes[layer]
             chunks.keys.append(seen.key[tokens].clone())
@@ -230,10 +252,12 @@ def attended(layer: Any, query: Float[Tensor, "H D"], keys: Float[Tensor, "S K D
 def _off(
     weights: Float32[Tensor, "K G S"], values: Float[Tensor, "S K V"], output: Float[Tensor, "H V"]
 ) -> Float32[Tensor, ""]:
-    """How far the weighted values are from what the kernel gave, of the largest of the latter."""
-    own = torch.einsum("kgs,skv->kgv", weights, values.float()).flatten(0, 1)
-    given = output.float().view(own.shape)
-    return (own - given).abs().max() / given.abs().max().clamp_min(1e-6)
+    """How far the weighted values of the worst head are from what the kernel gave, of what it added up."""
+    own, added = (
+        torch.einsum("kgs,skv->kgv", weights, each).flatten(0, 1) for each in (values.float(), values.float().abs())
+    )
+    off = (own - output.float().view(own.shape)).abs().amax(dim=-1)
+    return (off / added.amax(dim=-1).clamp_min(1e-6)).max()
 
 
 def _starts(cursor: Any) -> list[int]:
@@ -247,21 +271,30 @@ def _start_again(states: Sequence[Any], starts: Sequence[int]) -> None:
     for state, start in zip(states, starts, strict=True):
         if start == 0:
             state.clean()
-            if hasattr(state, _KEPT):
-                delattr(state, _KEPT)
+            _forget(state)
+
+
+def _forget(state: Any) -> None:
+    if hasattr(state, _KEPT):
+        delattr(state, _KEPT)
 
 
 def _appended(scores: Tensor | None, columns: Tensor | None) -> Tensor | None:
     return scores if scores is None or columns is None else torch.cat([scores.float(), columns], dim=1)
 
 
-def _mean_over_ranks(columns: dict[int, Float32[Tensor, "S _"]], ranks: Any) -> dict[int, Float32[Tensor, "S _"]]:
-    """Every rank has its part of the heads, all as many; all have the same requests in the same order."""
+def _over_ranks(
+    columns: dict[int, Float32[Tensor, "S _"]], wanted: Sequence[Asked], ranks: Any
+) -> dict[int, Float32[Tensor, "S _"]]:
+    """Rows averaged and errors added up: every rank has its part of the heads, all as many, of the same requests."""
     if ranks.world_size == 1 or not columns:
         return columns
-    together = ranks.all_reduce(torch.cat([each.flatten() for each in columns.values()])) / ranks.world_size
+    together = ranks.all_reduce(torch.cat([each.flatten() for each in columns.values()]))
     parts = together.split([each.numel() for each in columns.values()])
-    return {i: part.view_as(each) for (i, each), part in zip(columns.items(), parts, strict=True)}
+    summed = {i: part.view_as(each) for (i, each), part in zip(columns.items(), parts, strict=True)}
+    for i, each in summed.items():
+        each[:, : len(wanted[i].layers)] /= ranks.world_size
+    return summed
 
 
 def _attention_layers(config: Any) -> tuple[dict[int, Any], dict[int, str]]:
@@ -279,9 +312,12 @@ def _attention_layers(config: Any) -> tuple[dict[int, Any], dict[int, str]]:
 
 
 def _numbered(layers: dict[str, Any]) -> Iterator[tuple[int, Any]]:
+    """What mixes tokens, by the number in its name; experts and the like are registered beside it."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
     for name, layer in layers.items():
         numbers = [int(part) for part in name.split(".") if part.isdigit()]
-        if len(numbers) == 1:
+        if len(numbers) == 1 and isinstance(layer, AttentionLayerBase):
             yield numbers[0], layer
 
 
