@@ -26,6 +26,8 @@ from serving import serving
 
 SETTINGS = Settings(tokens=6, batch=4, warm_up=1, warm_up_epochs=1)
 STEPS = 2
+RESULTS = Path(run.__file__).parent / "results"
+DOCS = Path(__file__).parents[2] / "service" / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -376,3 +378,9 @@ def test_the_plan_names_methods_and_settings_that_there_are() -> None:
         assert seeds
         assert seeds == sorted(seeds)  # whole seeds first, so that what is there of a study is balanced
         assert set(study.get("beside", [])) <= set(plan.studies["main"]["methods"])
+
+
+def test_the_published_page_is_what_the_published_logs_say(tmp_path: Path) -> None:
+    report.write_report(RESULTS / "logs", tmp_path)
+    for name in ("evidence.md", "evidence.svg"):
+        assert (tmp_path / name).read_text() == (DOCS / name).read_text()
