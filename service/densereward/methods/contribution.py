@@ -19,7 +19,9 @@ spans it finds the words better than every other method here (see the evaluation
 
 Traps: It is first order in the last steps and fixed in the attention, an explanation and not a counterfactual (that is
 `occlusion`). The values of the last layer are of tokens that have read their context, so credit lands where the model
-gathers a word's meaning, often its last token.
+gathers a word's meaning, often its last token. In PPO the token that ends a text is left with a small share, so that
+policies learn to go on (service/docs/evidence.md, where it learns fastest with `rescale`): watch how many end by
+themselves.
 
 Cost: One forward pass, and the scored tokens, one a sample, forward and backward once more: below a hundredth of it.
 """

@@ -7,9 +7,11 @@ Equation:
 
 Sum: R.
 
-Use: As the control: on long responses it brings much of the gain of any dense reward, so every comparison carries it.
+Use: As the control: on long responses it is said to bring much of the gain of any dense reward, so every comparison
+carries it. In our own PPO on short texts it is worse than R on the last token (service/docs/evidence.md).
 
-Traps: It says nothing about which tokens earned the reward.
+Traps: It says nothing about which tokens earned the reward. In PPO the token that ends a text is left with a small
+share, so that policies learn to go on: watch how many end by themselves.
 
 Cost: One forward pass, of which only the score is kept.
 """
