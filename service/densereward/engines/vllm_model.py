@@ -156,6 +156,8 @@ def _refuse_otherwise_read(source: str, config: Any) -> None:
             f"{source}: vLLM heeds the sliding_window in its config, and transformers has none in {text.model_type}; "
             f"take it out if the model was trained without, or {_TORCH}"
         )
+    if getattr(text, "is_causal", None) is False:
+        raise ModelError(f"{source}: its tokens look ahead (is_causal), so that a prefix has no score; {_TORCH}")
     if found := [name for name in _ONLY_VLLMS if getattr(text, name, None) is not None]:
         raise ModelError(f"{source}: with `{found[0]}` in its config, vLLM makes a head of its own; {_TORCH}")
 
