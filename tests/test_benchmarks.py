@@ -17,7 +17,7 @@ from torch import nn
 from tests.benchmarks import gpu
 from tests.benchmarks.__main__ import measure
 from tests.benchmarks.contestants import within_budget
-from tests.benchmarks.figures import GROUPS
+from tests.benchmarks.figures import GROUPS, ONLY_EMBEDDED
 from tests.benchmarks.floor import model_bytes, model_flops, shared_flops
 from tests.benchmarks.groups.gpu import GROUPS as GPU_GROUPS
 from tests.benchmarks.harness import (
@@ -36,6 +36,7 @@ from tests.benchmarks.svg import draw
 from tests.benchmarks.work import SMALLEST, lengths_up_to, random_ids
 
 MANY_PROCESSES = ["memory", "plain", "health"]
+ON_RANDOM = [name for name in GROUPS if name not in ONLY_EMBEDDED]
 A_OVER_B = Figure("a / b", over="a", under="b")
 
 
@@ -105,7 +106,7 @@ def test_a_chart_is_a_document_with_every_line_and_label() -> None:
 @pytest.mark.parametrize(
     "groups",
     [
-        pytest.param([name for name in GROUPS if name not in MANY_PROCESSES], id="quick"),
+        pytest.param([name for name in ON_RANDOM if name not in MANY_PROCESSES], id="quick"),
         pytest.param(MANY_PROCESSES, id="many-processes", marks=pytest.mark.slow),
     ],
 )

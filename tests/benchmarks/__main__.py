@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging
 
 from tests.benchmarks import report
-from tests.benchmarks.figures import GROUPS, ON_EMBEDDED
+from tests.benchmarks.figures import GROUPS, ON_EMBEDDED, ONLY_EMBEDDED
 from tests.benchmarks.work import FULL, QUICK, Size, Work, write_random_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,8 +51,8 @@ def measure(
         models, remarks = _models(size, Path(scratch))
         if size != replace(FULL, rounds=size.rounds):
             remarks.append("Sizes smaller than the goals are meant for: for a look, not for the record.")
-        for title, model in models:
-            groups = only if not results else [name for name in only if name in ON_EMBEDDED]
+        for place, (title, model) in enumerate(models):
+            groups = [name for name in only if (name in ON_EMBEDDED if place else name not in ONLY_EMBEDDED)]
             for result in _results(Work(title, model, size, threads, vllm_python), groups):
                 results.append(result)
                 page = report.write(folder, name, machine, results, remarks)

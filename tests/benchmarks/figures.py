@@ -31,3 +31,6 @@ GROUPS: dict[str, Callable[[Work], Group]] = {
 
 ON_EMBEDDED = frozenset(["overhead", "padded", "long", "closed", "shared", "served", "engines"])
 """What is measured on the embedded model as well; the rest says the same there and takes long."""
+
+ONLY_EMBEDDED = frozenset(["engines"])
+"""What is measured on the embedded model alone."""

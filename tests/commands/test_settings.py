@@ -65,6 +65,7 @@ def test_every_knob_can_be_set_from_the_environment(
 ) -> None:
     values: dict[str, Any] = {
         "model": ["m"], "ensemble": [], "revision": "r", "model_name": "n", "pair": "policy=p",
+        "engine": "torch", "engine_arguments": {},
         "head": "nemotron", "step_separator": "s", "allow": [], "chat_template": None, "device": "cpu",
         "dtype": "float16", "max_length": 1,
         "max_batch_tokens": 2, "prompt_cache_bytes": 17, "max_queue_tokens": 3, "host": "h", "port": 4,
@@ -78,6 +79,15 @@ def test_every_knob_can_be_set_from_the_environment(
     settings = _serve(run, seen)
     assert settings.api_key is not None
     assert settings.model_dump() | {"api_key": settings.api_key.get_secret_value()} == values
+
+
+def test_arguments_of_the_engine_are_an_object_wherever_they_are_given(
+    run: Run, seen: list[ModelSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DENSEREWARD_ENGINE", "vllm")
+    monkeypatch.setenv("DENSEREWARD_ENGINE_ARGUMENTS", '{"tensor_parallel_size": 2}')
+    assert _serve(run, seen).engine_arguments == {"tensor_parallel_size": 2}
+    assert _serve(run, seen, "--engine-arguments", '{"max_num_seqs": 8}').engine_arguments["max_num_seqs"] == 8
 
 
 @pytest.mark.parametrize(
