@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -15,14 +15,10 @@ from hypothesis import strategies as st
 from densereward.batcher import Batcher, Scored, _Speed
 from densereward.capture import ScoringInput
 from densereward.cost import Bill, Price, price
-from densereward.errors import EngineFailure, NotReady, Overloaded, TooLarge
+from densereward.errors import NotReady, Overloaded, TooLarge
 from densereward.lines import Lines, Waiting
 from densereward.metrics import Metrics
-from fakes import FACTS, FakeEngine
-
-
-def sequence(*ids: int) -> ScoringInput:
-    return ScoringInput(ids, 1, len(ids) - 1, len(ids) - 1)
+from fakes import FACTS, FakeEngine, rewards, sequence, until
 
 
 @asynccontextmanager
@@ -35,16 +31,6 @@ async def running(
     finally:
         engine.gate.set()
         await batcher.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
-def rewards(results: list[Scored | EngineFailure]) -> list[float | str]:
-    return [each.captured.reward if isinstance(each, Scored) else each.message for each in results]
 
 
 async def test_a_lone_request_starts_at_once() -> None:

@@ -8,18 +8,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from densereward.batcher import Batcher, Scored
-from densereward.capture import ScoringInput
-from densereward.errors import EngineDied, EngineFailure, NotReady, Overloaded, TooLarge
+from densereward.batcher import Batcher
+from densereward.errors import EngineDied, NotReady, Overloaded, TooLarge
 from densereward.metrics import Metrics
 from densereward.stream import Stream, queue_for
-from fakes import FakeEngine, FakeStream
+from fakes import FakeEngine, FakeStream, rewards, sequence, until
 
 DEAD = EngineDied("it ended", retry_after=30.0)
-
-
-def sequence(*ids: int) -> ScoringInput:
-    return ScoringInput(ids, 1, len(ids) - 1, len(ids) - 1)
 
 
 @asynccontextmanager
@@ -38,16 +33,6 @@ async def running(
                 engine.give_back()
             await asyncio.sleep(0)
         await closing
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
-def rewards(results: list[Scored | EngineFailure]) -> list[float | str]:
-    return [each.captured.reward if isinstance(each, Scored) else each.message for each in results]
 
 
 async def test_an_engine_that_streams_gets_the_queue_that_streams() -> None:

@@ -91,30 +91,24 @@ def _read_tokenizer(settings: ModelSettings, source: str) -> Any:
 
 def _engine(settings: ModelSettings, source: str) -> Engine:
     """VLLM, if it is asked for; otherwise the engine that packs, or for a model that cannot be packed another."""
-    if settings.engine == "vllm":
-        on_vllm: Engine = ENGINES["vllm"].load(
-            source,
-            arguments=settings.engine_arguments,
-            revision=settings.revision,
-            device=settings.device,
-            dtype=settings.dtype,
-            longest=settings.max_length,
-            batch_tokens=settings.max_batch_tokens,
-            prompt_cache=settings.prompt_cache_bytes,
-        )
-        return on_vllm
     given: dict[str, Any] = {
         "revision": settings.revision,
         "device": settings.device,
         "dtype": settings.dtype,
         "longest": settings.max_length,
         "batch_tokens": settings.max_batch_tokens,
+    }
+    prompts = {"prompt_cache": settings.prompt_cache_bytes}
+    if settings.engine == "vllm":
+        on_vllm: Engine = ENGINES["vllm"].load(source, arguments=settings.engine_arguments, **prompts, **given)
+        return on_vllm
+    given |= {
         "separator": settings.step_separator,
         "head": settings.head,
         "pickled": "pickle" in settings.allow,
     }
     try:
-        engine: Engine = ENGINES["torch"].load(source, prompt_cache=settings.prompt_cache_bytes, **given)
+        engine: Engine = ENGINES["torch"].load(source, **prompts, **given)
     except CannotPack as error:
         engine = ENGINES["unpacked"].load(source, error.message, **given)
     return engine

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -22,7 +23,8 @@ from densereward.capture import (
     Variants,
 )
 from densereward.engines.base import EngineFacts
-from densereward.errors import EngineDied
+from densereward.errors import EngineDied, EngineFailure
+from densereward.lines import Scored
 
 FACTS = EngineFacts(
     engine="fake",
@@ -141,3 +143,20 @@ class FakeStream(FakeEngine):
 
     def metrics(self) -> bytes:
         return b"fake:passes 1\n"
+
+
+def sequence(*ids: int) -> ScoringInput:
+    """One token of prompt, the rest response."""
+    return ScoringInput(ids, 1, len(ids) - 1, len(ids) - 1)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop go on until something holds."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def rewards(results: list[Scored | EngineFailure]) -> list[float | str]:
+    """A score each, or what went wrong."""
+    return [each.captured.reward if isinstance(each, Scored) else each.message for each in results]

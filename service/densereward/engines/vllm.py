@@ -69,14 +69,14 @@ class VllmEngine:
         try:
             given = engine_arguments(model, arguments, dtype, batch_tokens, keeps_prompts=keeps_prompts)
             self._llm: Any = self._thread.run(_started(given))
-        except Exception:
+        except Exception:  # whatever it is, the thread must not stay
             self._thread.close()
             raise
         try:
             self._rows, missing = _rows(self._thread.run(self._llm.collective_rpc("densereward_watch")))
             self.facts = _facts(model, self._llm, missing)
             self._thread.run(check_engine(self, self._rows))
-        except Exception:
+        except Exception:  # whatever it is, vLLM's processes must not stay
             self.close()
             raise
         self._watching = self._thread.submit(self._watch())
