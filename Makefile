@@ -90,13 +90,13 @@ benchmark-gpu: setup ## measure the engine on a GPU
 	$(BIN)/python -m tests.benchmarks.gpu
 
 evaluate: setup ## the embedded model's table; DATA=folder of the human labels
-	$(BIN)/python -m densereward.default_model.evaluate --data "$(DATA)"
+	$(BIN)/python -m densereward.evaluation.evaluate --data "$(DATA)"
 
 compare: setup ## all methods on marked texts (20 minutes), into service/docs; DATA=folder of the human labels
-	$(BIN)/python -m densereward.default_model.compare --data "$(DATA)" --output service/docs
+	$(BIN)/python -m densereward.evaluation.compare --data "$(DATA)" --output service/docs
 
 study: setup ## the layers of contribution (2 minutes), into service/docs; DATA=folder of the human labels
-	$(BIN)/python -m densereward.default_model.compare --study --data "$(DATA)" --output service/docs
+	$(BIN)/python -m densereward.evaluation.compare --study --data "$(DATA)" --output service/docs
 
 docs: setup ## write the pages in service/docs/methods from the code
 	$(BIN)/python -m densereward.methods.describe service/docs/methods

@@ -36,7 +36,7 @@ def _run(name: str, arguments: list[str]) -> None:
     except ModuleNotFoundError as error:
         _exit(1, f"densereward {name} needs {error.name}: pip install 'densereward[service]'")
     from densereward.errors import DenseRewardError
-    from densereward.problems import problems_of, told
+    from densereward.server.validation import problems_of, told
     from densereward_client import DenseRewardError as ClientError
 
     try:

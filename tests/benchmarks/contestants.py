@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from densereward.capture import AttentionRow, Captured, Need, PrefixMode, PrefixScores, ScoringInput
-from densereward.cost import Bill, price
 from densereward.engines.base import Engine, EngineFacts
 from densereward.methods import METHODS
 from densereward.methods.base import Response
+from densereward.scheduling.cost import Bill, price
 from tests.benchmarks.harness import Numbers
 
 _ALL_NEEDS: frozenset[Need] = frozenset([PrefixScores(), AttentionRow(-1)])

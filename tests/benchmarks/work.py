@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from densereward.align import Aligner
 from densereward.capture import ScoringInput
 from densereward.engines.torch.engine import TorchEngine
+from densereward.tokenization.align import Aligner
 from densereward_client.wire import Sample
 from tests.benchmarks import servers
 from tests.benchmarks.peers import Peer

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 import reference
-from densereward.batcher import Batcher, Scored
 from densereward.capture import AttentionRow, Captured, Gradients, Need, PrefixScores, ScoringInput
-from densereward.checks import examine
+from densereward.checks.examine import examine
+from densereward.checks.numbers import self_check
 from densereward.engines.base import Engine
 from densereward.errors import EngineFailure, Overloaded, TooLarge
 from densereward.metrics import Metrics
-from densereward.selfcheck import self_check
-from densereward.stream import queue_for
+from densereward.scheduling.batcher import Batcher, Scored
+from densereward.scheduling.handover import queue_for
 
 SCORES = 5e-5
 ROWS = 1e-5
@@ -116,7 +116,7 @@ def test_the_looks_before_serving_pass(engine: Engine, model_folder: Path) -> No
     self_check(engine)
     from transformers import AutoTokenizer
 
-    from densereward.align import Aligner
+    from densereward.tokenization.align import Aligner
 
     aligner = Aligner(AutoTokenizer.from_pretrained(model_folder), engine.facts.max_length, 320)
     assert [each.text for each in examine(engine, aligner) if each.status == "fail"] == []

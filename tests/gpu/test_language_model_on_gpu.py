@@ -11,11 +11,11 @@ import torch
 
 import tiny
 from densereward.capture import LogProbabilities
+from densereward.checks.loading import load
 from densereward.engines.torch.engine import TorchEngine
 from densereward.engines.torch.language_model import LanguageModel
 from densereward.heads.products import product
 from densereward.settings import ModelSettings
-from densereward.startup import load
 from tests.gpu.test_engine_on_gpu import HEAD, batch, folder_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

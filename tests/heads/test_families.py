@@ -17,12 +17,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import tiny
 from densereward.capture import AttentionRow, Need, Objectives, PrefixScores, ScoringInput
+from densereward.checks.numbers import self_check
 from densereward.engines.torch.engine import TorchEngine
 from densereward.engines.torch.unpacked import UnpackedEngine
 from densereward.errors import ModelError
 from densereward.heads import HEADS, head_for
 from densereward.heads.base import Checkpoint
-from densereward.selfcheck import self_check
 
 HIDDEN = 64
 IDS = np.random.default_rng(0).integers(3, 320, 40).tolist()

@@ -18,12 +18,12 @@ from transformers import AutoModel, AutoTokenizer
 import reference
 import tiny
 from densereward.capture import Contributions, Gradients, Need, Objectives, PrefixScores, ScoringInput
-from densereward.checks import examine, refuse
+from densereward.checks.examine import examine, refuse
+from densereward.checks.loading import load_unchecked
 from densereward.engines.torch.engine import TorchEngine
 from densereward.errors import InvalidRequest, ModelError
 from densereward.methods import METHODS
 from densereward.settings import ModelSettings
-from densereward.startup import load_unchecked
 from densereward_client.wire import Sample
 from serving import Api, serving
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 import tiny
 from densereward.capture import AttentionRow, Need, PrefixScores, ScoringInput
-from densereward.checks import examine, refuse
+from densereward.checks.examine import examine, refuse
+from densereward.checks.loading import load_unchecked
 from densereward.engines.torch.engine import TorchEngine
 from densereward.errors import ModelError
 from densereward.settings import ModelSettings
-from densereward.startup import load_unchecked
 from densereward_client.wire import Sample
 
 HIDDEN, HEADS, KEY_HEADS, SIZE, INNER, LAYERS, WORDS = 64, 4, 2, 16, 96, 3, 324

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from densereward.capture import Steps
+from densereward.checks.numbers import self_check
 from densereward.engines.torch.engine import TorchEngine
 from densereward.errors import ModelError
-from densereward.selfcheck import self_check
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 import tiny
 from densereward.capture import Need, StepScores
-from densereward.checks import examine, refuse
+from densereward.checks.examine import examine, refuse
+from densereward.checks.loading import load_unchecked
 from densereward.engines.torch.engine import TorchEngine
 from densereward.errors import InvalidRequest, ModelError
 from densereward.settings import ModelSettings
-from densereward.startup import load_unchecked
 from densereward_client.wire import Sample
 
 STEPS: frozenset[Need] = frozenset([StepScores()])

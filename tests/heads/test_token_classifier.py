@@ -12,10 +12,10 @@ from transformers import AutoModelForTokenClassification
 
 import tiny
 from densereward.capture import ScoringInput, StepScores
+from densereward.checks.numbers import self_check
 from densereward.engines.torch.engine import TorchEngine
 from densereward.errors import ModelError
 from densereward.heads.base import good_label
-from densereward.selfcheck import self_check
 
 STEPS = [20, 33, 47, 89]
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from densereward.capture import AttentionRow, Captured, Prefixes, PrefixMode, PrefixScores
-from densereward.cuts import Cuts
 from densereward.errors import InvalidRequest
 from densereward.methods import METHODS
 from densereward.methods.abc import MASS_FLOOR
 from densereward.methods.base import Credit, Method, Params, Response, Segment
+from densereward.methods.boundaries import Cuts
 from densereward.methods.units import MOST_UNITS
-from densereward.plans import boundaries_of, plan
+from densereward.scoring.plans import boundaries_of, plan
 from densereward_client.wire import TokenRewardsRequest
 from fakes import FakeEngine
 from serving import NOT_BY_A_SCORE

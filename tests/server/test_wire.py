@@ -11,10 +11,10 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from densereward.errors import DenseRewardError, InvalidRequest, MalformedJSON, TooLarge
-from densereward.routes import openrlhf, reading, vllm
-from densereward.routes.openrlhf import GetRewardRequest
-from densereward.routes.reading import read, read_lists
-from densereward.routes.vllm import ClassifyRequest, PoolingRequest
+from densereward.server.routes import openrlhf, reading, vllm
+from densereward.server.routes.openrlhf import GetRewardRequest
+from densereward.server.routes.reading import read, read_lists
+from densereward.server.routes.vllm import ClassifyRequest, PoolingRequest
 from densereward_client import Client
 from densereward_client.wire import RewardsRequest, Sample, TokenRewardsRequest
 from serving import Api, Server, refusal

@@ -24,7 +24,7 @@ from densereward.capture import (
 )
 from densereward.engines.base import EngineFacts
 from densereward.errors import EngineDied, EngineFailure
-from densereward.lines import Scored
+from densereward.scheduling.queue import Scored
 
 FACTS = EngineFacts(
     engine="fake",

@@ -17,15 +17,15 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 from rich.markup import escape
 
-from densereward.budget import measure_budget
-from densereward.checks import Finding, compared, drift, examine
+from densereward.checks.examine import Finding, compared, drift, examine
+from densereward.checks.loading import load_unchecked
 from densereward.commands import FLAGS
 from densereward.engines.base import Engine, StreamingEngine
 from densereward.engines.torch.adapters import base_of
 from densereward.engines.torch.weights import stored_in_float32
 from densereward.errors import ModelError
+from densereward.scheduling.batch_size import measure_budget
 from densereward.settings import ModelSettings
-from densereward.startup import load_unchecked
 
 __all__ = ["Check"]
 

@@ -16,9 +16,9 @@ from pydantic_settings import CliPositionalArg
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from densereward.commands import FLAGS
-from densereward.offline import ScoredLines, count_samples, read_samples, write_parquet
-from densereward.pipeline import answer_to
-from densereward.service import Service
+from densereward.commands.score_files import ScoredLines, count_samples, read_samples, write_parquet
+from densereward.scoring.pipeline import answer_to
+from densereward.server.service import Service
 from densereward.settings import ModelSettings
 from densereward_client.wire import MethodRequest, TokenRewardsRequest
 

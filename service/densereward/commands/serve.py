@@ -11,8 +11,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from densereward.app import create_app
 from densereward.commands import FLAGS
+from densereward.server.app import create_app
 from densereward.settings import ServerSettings
 
 __all__ = ["Serve", "make_server"]

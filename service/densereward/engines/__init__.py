@@ -10,7 +10,7 @@ ENGINES = Table(
         "torch": "densereward.engines.torch.engine:TorchEngine",
         "unpacked": "densereward.engines.torch.unpacked:UnpackedEngine",
         "language_model": "densereward.engines.torch.language_model:LanguageModel",
-        "vllm": "densereward.engines.vllm:VllmEngine",
+        "vllm": "densereward.engines.vllm.engine:VllmEngine",
         "pair": "densereward.engines.torch.pair:Pair",
     },
 )

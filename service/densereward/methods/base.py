@@ -1,7 +1,7 @@
 """What a method is: a pure function from what the forward pass gave to rewards, and what it needs from that pass.
 
 Every method names only its own dense part. The mix with the sparse reward, `beta`, and the scale, `normalize` and
-`clip`, are common to all and applied afterwards (`densereward.slots`), on the trainer's own tokens.
+`clip`, are common to all and applied afterwards (`densereward.scoring.placement`), on the trainer's own tokens.
 
 Notation: R the sequence's reward, T the response's tokens in the reward model's vocabulary, L its slots, that is the
 tokens the trainer wants its rewards on (the same T, or the spans it sent).
@@ -22,8 +22,8 @@ from jaxtyping import Float64
 from pydantic import BaseModel, ConfigDict, Field
 
 from densereward.capture import Captured, Need
-from densereward.cuts import Cuts
 from densereward.errors import InvalidRequest
+from densereward.methods.boundaries import Cuts
 
 __all__ = [
     "Beta",

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from densereward.capture import Captured, PrefixMode
-from densereward.cuts import Cuts
 from densereward.errors import InvalidRequest
 from densereward.methods.base import Response
+from densereward.methods.boundaries import Cuts
 
 __all__ = ["Scores", "cuts_of", "scores_at", "spread_evenly"]
 

@@ -14,11 +14,11 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 import tiny
 from densereward.capture import PrefixScores, ScoringInput, StepScores
-from densereward.checks import examine, refuse
+from densereward.checks.examine import examine, refuse
+from densereward.checks.loading import load_unchecked
 from densereward.engines.torch.engine import TorchEngine
 from densereward.errors import ModelError
 from densereward.settings import ModelSettings
-from densereward.startup import load_unchecked
 
 IDS = [5 + i * 7 % 300 for i in range(40)]
 KINDS = {"SEQ_CLS": (AutoModelForSequenceClassification, 1), "TOKEN_CLS": (AutoModelForTokenClassification, 2)}

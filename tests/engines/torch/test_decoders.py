@@ -10,8 +10,8 @@ import pytest
 import reference
 from decoder_kinds import SERVED, save
 from densereward.capture import AttentionRow, Contributions, Need, PrefixScores, ScoringInput
+from densereward.checks.numbers import self_check
 from densereward.engines.torch.engine import TorchEngine
-from densereward.selfcheck import self_check
 
 
 @pytest.mark.parametrize("kind", list(SERVED))

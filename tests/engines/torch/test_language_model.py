@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, Qwen3NextConfig
 import reference
 import tiny
 from densereward.capture import LogProbabilities, LogRatios, Need, PrefixScores, ScoringInput
+from densereward.checks.numbers import self_check
 from densereward.engines.torch import attention
 from densereward.engines.torch.language_model import LanguageModel
 from densereward.engines.torch.pair import Pair
 from densereward.errors import ModelError
 from densereward.heads import language_model as head
 from densereward.heads import products
-from densereward.selfcheck import self_check
 
 ARCHITECTURES = (*tiny.ARCHITECTURES, "cohere", "granite", "phi")
 LOGS: frozenset[Need] = frozenset([LogProbabilities()])

@@ -16,14 +16,14 @@ import reference
 import tiny
 from decoder_kinds import UNPACKED, save
 from densereward.capture import AttentionRow, Need, PrefixScores, ScoringInput
-from densereward.checks import examine, refuse
-from densereward.cost import Bill, price
+from densereward.checks.examine import examine, refuse
+from densereward.checks.loading import load_unchecked
 from densereward.engines.base import Engine
 from densereward.engines.torch.engine import TorchEngine
 from densereward.engines.torch.unpacked import UnpackedEngine
 from densereward.errors import CannotPack, EngineFailure, InvalidRequest, ModelError
+from densereward.scheduling.cost import Bill, price
 from densereward.settings import ModelSettings
-from densereward.startup import load_unchecked
 from densereward_client.wire import Sample
 
 TYPED = ("bert", "electra", "albert")  # which know a pair's first text from its second

@@ -1,0 +1,195 @@
+"""From a source to a model that is loaded, has its tokenizer, and was looked at."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from densereward.checks.examine import examine, refuse
+from densereward.engines import ENGINES
+from densereward.engines.base import Engine
+from densereward.errors import CannotPack, ModelError
+from densereward.settings import ModelSettings
+from densereward.tokenization.align import Aligner
+
+__all__ = ["load", "load_pair", "load_unchecked"]
+
+logger = logging.getLogger("densereward")
+
+
+def load(settings: ModelSettings, source: str | None = None) -> tuple[Engine, Aligner]:
+    """Load a model and its tokenizer, and check both. Blocks for as long as that takes.
+
+    Args:
+        settings: how it is to run.
+        source: folder or hub id; by default the settings' first.
+
+    Raises:
+        ModelError: the model cannot be loaded, or would answer wrong numbers.
+    """
+    source = source or next(iter(settings.sources.values()))
+    engine, aligner = load_unchecked(settings, source)
+    with _as_model_error(source), _closing_on_failure(engine):
+        _examine(engine, aligner, settings, source)
+    return engine, aligner
+
+
+def load_unchecked(settings: ModelSettings, source: str | None = None) -> tuple[Engine, Aligner]:
+    """The same before anything is looked at but what loading itself shows.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    source = source or next(iter(settings.sources.values()))
+    if source == "default":
+        from densereward.default_model import ensure_default_model
+
+        source = str(ensure_default_model())
+    _check_folder(source)
+    with _as_model_error(source):
+        return _load(settings, source)
+
+
+def _examine(engine: Engine, aligner: Aligner, settings: ModelSettings, source: str) -> None:
+    for finding in refuse(examine(engine, aligner, settings.allow)):
+        if finding.status != "ok":
+            logger.warning("%s: %s: %s", source, finding.name, finding.text)
+
+
+def _load(settings: ModelSettings, source: str) -> tuple[Engine, Aligner]:
+    engine = _engine(settings, source)
+    with _closing_on_failure(engine):
+        return engine, _aligner(_read_tokenizer(settings, source), engine)
+
+
+@contextmanager
+def _closing_on_failure(engine: Engine) -> Iterator[None]:
+    """An engine that is not served must not stay, least of all one with processes of its own."""
+    try:
+        yield
+    except Exception:
+        engine.close()
+        raise
+
+
+def _read_tokenizer(settings: ModelSettings, source: str) -> Any:
+    from densereward.engines.torch.adapters import base_of
+
+    try:
+        tokenizer = _tokenizer(source, settings.revision)
+    except ModelError:
+        if (base := base_of(source, settings.revision)) == source:
+            raise
+        tokenizer = _tokenizer(base, None)
+    if settings.chat_template is not None:
+        tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _engine(settings: ModelSettings, source: str) -> Engine:
+    """VLLM, if it is asked for; otherwise the engine that packs, or for a model that cannot be packed another."""
+    given: dict[str, Any] = {
+        "revision": settings.revision,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "longest": settings.max_length,
+        "batch_tokens": settings.max_batch_tokens,
+    }
+    prompts = {"prompt_cache": settings.prompt_cache_bytes}
+    if settings.engine == "vllm":
+        on_vllm: Engine = ENGINES["vllm"].load(source, arguments=settings.engine_arguments, **prompts, **given)
+        return on_vllm
+    given |= {
+        "separator": settings.step_separator,
+        "head": settings.head,
+        "pickled": "pickle" in settings.allow,
+    }
+    try:
+        engine: Engine = ENGINES["torch"].load(source, **prompts, **given)
+    except CannotPack as error:
+        engine = ENGINES["unpacked"].load(source, error.message, **given)
+    return engine
+
+
+def load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
+    """Load a policy and its reference, or a policy alone, and check each. Blocks for as long as that takes.
+
+    Raises:
+        ModelError: a model cannot be loaded, or would answer wrong numbers, or the two do not read text alike.
+    """
+    with _as_model_error(str(settings.pair)):
+        return _load_pair(settings)
+
+
+@contextmanager
+def _as_model_error(source: str) -> Iterator[None]:
+    """A model's own code can fail in any way while it loads; the operator needs one message.
+
+    Raises:
+        ModelError: something failed.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a model's own code does
+        logger.debug("loading %s", source, exc_info=True)
+        raise ModelError(f"{source} cannot be served: {type(error).__name__}: {error}") from error
+
+
+def _load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
+    sources = settings.pair_sources
+    for source in sources.values():
+        _check_folder(source)
+    tokenizers = [_tokenizer(source, None) for source in sources.values()]
+    engines: list[Any] = []
+    for source, tokenizer in zip(sources.values(), tokenizers, strict=True):
+        engine: Engine = ENGINES["language_model"].load(
+            source,
+            device=settings.device,
+            dtype=settings.dtype,
+            longest=settings.max_length,
+            batch_tokens=settings.max_batch_tokens,
+            prompt_cache=settings.prompt_cache_bytes // len(sources),
+            pickled="pickle" in settings.allow,
+        )
+        _examine(engine, _aligner(tokenizer, engine), settings, source)
+        engines.append(engine)
+    pair: Engine = ENGINES["pair"](*engines) if len(engines) > 1 else engines[0]
+    aligners = [_aligner(tokenizer, pair) for tokenizer in tokenizers]
+    if len({aligner.vocabulary.fingerprint for aligner in aligners}) > 1:
+        raise ModelError(f"the tokenizers of {' and '.join(sources.values())} differ; a pair has one")
+    return pair, aligners[0]
+
+
+def _check_folder(source: str) -> None:
+    if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
+        raise ModelError(f"there is no folder {source}")
+
+
+def _aligner(tokenizer: object, engine: Engine) -> Aligner:
+    facts = engine.facts
+    return Aligner(
+        tokenizer,
+        facts.max_length,
+        facts.vocabulary_size,
+        needs_prompt=facts.needs_prompt,
+        unit=facts.unit,
+        steps=facts.steps,
+        gate=facts.gate,
+        score_token=facts.score_token,
+        tokens=facts.tokens,
+        reads_pairs=facts.reads_pairs,
+    )
+
+
+def _tokenizer(source: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the tokenizer of {source}: {error}") from error

@@ -1,0 +1,311 @@
+"""The vLLM engine: its scheduler, kernels, tensor parallelism and quantisation; the same answers.
+
+vLLM runs in processes of its own, and here its client (`AsyncLLM`) in an event loop of its own. Sequences are handed
+over one by one, whenever they come, and vLLM decides what runs together. Scores of every position and the scored
+token's attention rows come back in one tensor (`vllm_worker`). A sequence of which only the score is wanted is pooled
+at its last token, so that vLLM can take the prompt's keys from its prefix cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+
+from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixMode, PrefixScores, ScoringInput, Variants
+from densereward.engines.base import EngineFacts
+from densereward.engines.torch.facts import special_ids
+from densereward.engines.torch.loading import Dtype
+from densereward.engines.vllm.checks import check_engine
+from densereward.engines.vllm.loop_thread import LoopThread
+from densereward.engines.vllm.model import Served, check_installed, engine_arguments, served
+from densereward.engines.vllm.worker import Asked
+from densereward.errors import EngineDied, EngineFailure, ModelError
+
+__all__ = ["VllmEngine"]
+
+_WATCH = 0.5
+"""Seconds between looks at whether the engine's processes live."""
+
+_TOGETHER = 4
+"""Layers whose keys a request keeps at once."""
+
+_DIED = "the engine's process ended; this server stops taking requests and exits, so that its supervisor restarts it"
+
+
+class VllmEngine:
+    """A reward model in vLLM. See `engines.base.StreamingEngine`.
+
+    Args:
+        model: what vLLM is given.
+        arguments: of vLLM's engine, beside those that are set here.
+        dtype: of the weights.
+        batch_tokens: tokens in one pass; by default what vLLM takes.
+        keeps_prompts: whether keys of prompts are kept for later passes.
+
+    Raises:
+        ModelError: vLLM cannot load it, or its attention rows are not those of its layers.
+    """
+
+    def __init__(
+        self,
+        model: Served,
+        arguments: dict[str, Any],
+        dtype: Dtype = "auto",
+        batch_tokens: int | None = None,
+        *,
+        keeps_prompts: bool = True,
+    ) -> None:
+        self._thread = LoopThread()
+        self.death: Future[EngineDied] = Future()
+        self._numbers = itertools.count()
+        try:
+            given = engine_arguments(model, arguments, dtype, batch_tokens, keeps_prompts=keeps_prompts)
+            self._llm: Any = self._thread.run(_started(given))
+        except Exception:  # whatever it is, the thread must not stay
+            self._thread.close()
+            raise
+        try:
+            self._rows, missing = _rows(self._thread.run(self._llm.collective_rpc("densereward_watch")))
+            self.facts = _facts(model, self._llm, missing)
+            self._thread.run(check_engine(self, self._rows))
+        except Exception:  # whatever it is, vLLM's processes must not stay
+            self.close()
+            raise
+        self._watching = self._thread.submit(self._watch())
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        *,
+        arguments: dict[str, Any] | None = None,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+        longest: int | None = None,
+        batch_tokens: int | None = None,
+        prompt_cache: int = 0,
+    ) -> VllmEngine:
+        """Load from a folder or a hub id.
+
+        Args:
+            source: folder or hub id.
+            arguments: of vLLM's engine.
+            revision: of a hub model.
+            device: `auto`, or the kind that this vLLM is built for.
+            dtype: of the weights.
+            longest: tokens in the longest sequence to read.
+            batch_tokens: tokens in one pass.
+            prompt_cache: 0 runs every prompt anew; otherwise vLLM keeps as many as it has room for.
+
+        Raises:
+            ModelError: no vLLM, one that is not known here, or a model that it cannot be given.
+        """
+        check_installed(device)
+        return cls(
+            served(source, revision, longest), arguments or {}, dtype, batch_tokens, keeps_prompts=prompt_cache > 0
+        )
+
+    @property
+    def provides(self) -> frozenset[Need]:
+        """Scores of open prefixes, and the scored rows of the layers that have them."""
+        layers = [number for layer in self._rows for number in (layer, layer - self.facts.layers)]
+        return frozenset([PrefixScores("open"), Variants(), *(AttentionRow(layer) for layer in layers)])
+
+    def submit(self, sequence: ScoringInput) -> Future[Captured]:
+        """Hand over a sequence; cancelling what comes back takes it out of vLLM again.
+
+        The future fails with `EngineFailure` where this sequence cannot be scored, with `EngineDied` where none can.
+        """
+        return self._thread.submit(self.scored(sequence))
+
+    def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
+        """Score a batch, in as many passes as vLLM takes.
+
+        Raises:
+            EngineFailure: a sequence could not be scored.
+            EngineDied: none can.
+        """
+        waiting = [self.submit(each) for each in batch]
+        try:
+            return [each.result() for each in waiting]
+        finally:
+            for each in waiting:
+                each.cancel()
+
+    def reference(self, sequence: ScoringInput) -> Captured:  # noqa: ARG002
+        """There is none in vLLM.
+
+        Raises:
+            EngineFailure: always.
+        """
+        raise EngineFailure("vLLM has one way to compute; `densereward check --engine vllm` compares with torch's")
+
+    def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:  # noqa: ARG002
+        """There is no other arithmetic in vLLM.
+
+        Raises:
+            EngineFailure: always.
+        """
+        raise EngineFailure("vLLM computes in one dtype; `densereward check --engine vllm` compares with torch's")
+
+    def metrics(self) -> bytes:
+        """VLLM's own, as Prometheus reads them."""
+        from prometheus_client import generate_latest
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+        registry = get_prometheus_registry()
+
+        class _OfVllm:
+            def collect(self) -> Any:
+                return (each for each in registry.collect() if each.name.startswith("vllm:"))
+
+        return generate_latest(_OfVllm())
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        self.death.cancel()
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        with contextlib.suppress(Exception):  # what is dead already cannot be shut down
+            self._thread.run(_shut_down(llm))
+        self._thread.close()
+
+    async def _watch(self) -> None:
+        """Tell whoever asks when the processes have ended, also while nothing runs."""
+        llm = self._llm
+        while not llm.errored:  # noqa: ASYNC110  # vLLM has no event for it
+            await asyncio.sleep(_WATCH)
+        if self.death.set_running_or_notify_cancel():
+            self.death.set_result(EngineDied(_DIED, retry_after=30.0))
+
+    async def scored(self, sequence: ScoringInput) -> Captured:
+        """`submit`, in the engine's own loop."""
+        wanted = sorted({need.layer % self.facts.layers for need in sequence.needs if isinstance(need, AttentionRow)})
+        everywhere = bool(wanted) or PrefixScores("open") in sequence.needs
+        rows: dict[int, Float32[np.ndarray, " S"]] = {}
+        for layers in _few(wanted) or [()]:
+            given = await self._pooled(sequence, Asked(layers), everywhere=everywhere)
+            rows |= dict(zip(layers, given[:, 1:].T, strict=True))
+        return _captured(sequence, given[:, 0], rows, self.facts.layers)
+
+    async def row_errors(self, sequence: ScoringInput, layers: Sequence[int]) -> dict[int, float]:
+        """How far each layer's row is from giving what its kernel computed; see `vllm_worker`.
+
+        Raises:
+            EngineFailure: there is no row.
+        """
+        errors: dict[int, float] = {}
+        for few in _few(layers):
+            given = await self._pooled(sequence, Asked(few, checks=True), everywhere=True)
+            errors |= dict(zip(few, given[0, 1 + len(few) :].tolist(), strict=True))
+        return errors
+
+    async def _pooled(self, sequence: ScoringInput, asked: Asked, *, everywhere: bool) -> Float32[np.ndarray, "_ _"]:
+        """What vLLM gives: of all positions, or of the last one alone."""
+        from vllm import PoolingParams
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if sequence.scored_position + 1 < sequence.response_stop:
+            raise EngineFailure("vLLM reads the score at a sequence's last token, which is in the response here")
+        ids = list(sequence.token_ids[: sequence.scored_position + 1])
+        self._check_ids(ids)
+        parameters = PoolingParams(
+            task="token_classify" if everywhere else "classify", use_activation=False, extra_kwargs=asked.written
+        )
+        try:
+            given = self._llm.encode(tokens_input(ids), parameters, str(next(self._numbers)))
+            data: torch.Tensor = [each.outputs.data async for each in given][-1].float()
+        except EngineDeadError as error:
+            raise EngineDied(_DIED, retry_after=30.0) from error
+        except Exception as error:  # whatever vLLM raises is about this sequence, or about its end
+            if self._llm is None or self._llm.errored:
+                raise EngineDied(_DIED, retry_after=30.0) from error
+            raise EngineFailure(f"vLLM failed: {type(error).__name__}: {error.__cause__ or error}") from error
+        numbers = data if everywhere else data.reshape(1, -1)
+        expected = (len(ids) if everywhere else 1, 1 + len(asked.layers) * (2 if asked.checks else 1))
+        if tuple(numbers.shape) != expected:
+            raise EngineFailure(f"vLLM gave {tuple(numbers.shape)} numbers where {expected} were asked for")
+        return numbers.numpy()
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """An id that the model has no row for would end vLLM's process, and with it everybody's requests.
+
+        Raises:
+            EngineFailure: there is one, or none at all, or too many.
+        """
+        if not 0 < len(ids) <= self.facts.max_length:
+            raise EngineFailure(f"{len(ids)} tokens, where 1 to {self.facts.max_length} can be read")
+        if not 0 <= min(ids) <= max(ids) < self.facts.vocabulary_size:
+            raise EngineFailure(f"token ids must be below {self.facts.vocabulary_size}")
+
+
+def _few(layers: Sequence[int]) -> list[tuple[int, ...]]:
+    """Layers whose rows are taken together: the keys of each are kept until a sequence is whole."""
+    return [tuple(layers[i : i + _TOGETHER]) for i in range(0, len(layers), _TOGETHER)]
+
+
+def _captured(sequence: ScoringInput, scores: Float32[np.ndarray, " _"], rows: dict[int, Any], layers: int) -> Captured:
+    start, stop = sequence.prompt_length, sequence.response_stop
+    prefixes: dict[PrefixMode, Prefixes] = {}
+    if PrefixScores("open") in sequence.needs:
+        prefixes["open"] = Prefixes(float(scores[start - 1]) if start else None, scores[start:stop])
+    wanted = [need.layer for need in sequence.needs if isinstance(need, AttentionRow)]
+    return Captured(
+        reward=float(scores[-1]),
+        length=sequence.response_length,
+        prefixes=prefixes,
+        attention_rows={layer: rows[layer % layers][start:stop] for layer in wanted},
+    )
+
+
+async def _started(arguments: Any) -> Any:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    try:
+        return AsyncLLM.from_engine_args(arguments)
+    except Exception as error:  # whatever vLLM finds wrong with model, device or memory
+        raise ModelError(f"vLLM cannot load {arguments.model}: {error} (its log says more)") from error
+
+
+async def _shut_down(llm: Any) -> None:
+    llm.shutdown()
+
+
+def _rows(watched: Sequence[dict[str, Any]]) -> tuple[list[int], dict[int, str]]:
+    """Layers whose rows all workers can give, and why the others' cannot be had."""
+    layers = set.intersection(*(set(each["layers"]) for each in watched))
+    return sorted(layers), {layer: why for each in watched for layer, why in each["missing"].items()}
+
+
+def _facts(model: Served, llm: Any, missing: dict[int, str]) -> EngineFacts:
+    config = model.config.get_text_config()
+    described = ", ".join(f"{layer} ({why})" for layer, why in sorted(missing.items()))
+    return EngineFacts(
+        engine="vllm",
+        family=next(iter(model.config.architectures)),
+        head=model.head,
+        device=str(llm.vllm_config.device_config.device_type),
+        dtype=str(llm.model_config.dtype).removeprefix("torch."),
+        max_length=llm.model_config.max_model_len,
+        vocabulary_size=config.vocab_size,
+        layers=config.num_hidden_layers,
+        batch_tokens=llm.vllm_config.scheduler_config.max_num_batched_tokens,
+        pair_cost=0.0,
+        weights_fingerprint=model.fingerprint,
+        weights_bytes=model.size,
+        special_ids=special_ids(model.config),
+        notice=f"no attention rows can be had of layers {described}" if missing else None,
+        shares_prompts=False,
+        advice="--engine torch gives closed prefixes, contributions, received attention and gradients",
+    )

@@ -1,0 +1,1 @@
+"""Which sequences run together and when: queue, cost and size of a batch. `batcher` comes first."""

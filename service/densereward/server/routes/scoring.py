@@ -1,0 +1,45 @@
+"""The routes that score: POST /token_rewards and POST /rewards."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Depends, Request, Response
+
+from densereward.scoring.pipeline import Scorer
+from densereward.server.routes.answering import ERRORS, Prepared, answered, body_like, require_key
+from densereward.server.routes.reading import read
+from densereward.server.service import Service
+from densereward_client.wire import RewardsRequest, RewardsResponse, TokenRewardsRequest, TokenRewardsResponse
+
+__all__ = ["router"]
+
+router = APIRouter(dependencies=[Depends(require_key)], responses=ERRORS, tags=["scoring"])
+
+
+@router.post(
+    "/token_rewards", responses={200: {"model": TokenRewardsResponse}}, openapi_extra=body_like(TokenRewardsRequest)
+)
+async def token_rewards(request: Request) -> Response:
+    """Sequence rewards, and the same rewards given to the response's tokens."""
+    return await answered(request, partial(_prepare, TokenRewardsRequest))
+
+
+@router.post("/rewards", responses={200: {"model": RewardsResponse}}, openapi_extra=body_like(RewardsRequest))
+async def rewards(request: Request) -> Response:
+    """Sequence rewards only."""
+    return await answered(request, partial(_prepare, RewardsRequest))
+
+
+def _prepare(kind: type[RewardsRequest], service: Service, body: bytes, max_samples: int) -> Prepared:
+    request, samples = read(body, kind, max_samples)
+    scorer: Scorer = service.pipeline_for(request)
+    return Prepared(scorer, scorer.prepare(request, samples), _write)
+
+
+def _write(answer: dict[str, Any]) -> bytes:
+    """The answer's bytes, item by item: an encoder holds the interpreter as long as a parser does."""
+    items = [orjson.Fragment(orjson.dumps(item, option=orjson.OPT_SERIALIZE_NUMPY)) for item in answer["data"]]
+    return orjson.dumps(answer | {"data": items})

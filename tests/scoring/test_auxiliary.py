@@ -1,0 +1,38 @@
+"""What is scored beside a sample, and that it stays within what the queue holds."""
+
+from __future__ import annotations
+
+import pytest
+
+import tiny
+from densereward.capture import PrefixScores
+from densereward.errors import TooLarge
+from densereward.scoring.auxiliary import check_further, with_further
+from densereward.tokenization.align import Aligner
+from densereward_client.wire import Sample
+
+ALIGNER = Aligner(tiny.make_tokenizer(), 256, 320)
+SAMPLE = Sample(prompt_token_ids=[5, 6], response_token_ids=[7, 8, 9])
+CLOSED = frozenset([PrefixScores("closed")])
+TOKENS = 4 * (2 + 2) + 1 + 2 + 3  # of four prefixes: a prompt and closing tokens each, and what they hold
+
+
+def test_closed_prefixes_become_sequences_of_their_own_where_the_engine_needs_that() -> None:
+    aligned = ALIGNER.align(SAMPLE, CLOSED)
+    kept = with_further(aligned, SAMPLE, [], ALIGNER, reencodes=False, limit=0)
+    assert not kept.further
+    assert kept.sequence.needs == CLOSED
+    apart = with_further(aligned, SAMPLE, [], ALIGNER, reencodes=True, limit=TOKENS)
+    assert [each.response_length for each in apart.prefixes] == [0, 1, 2, 3]
+    assert not apart.sequence.needs
+
+
+def test_prefixes_that_no_queue_could_hold_are_not_even_made() -> None:
+    with pytest.raises(TooLarge, match=f"{TOKENS} tokens, and the queue holds {TOKENS - 1}"):
+        with_further(ALIGNER.align(SAMPLE, CLOSED), SAMPLE, [], ALIGNER, reencodes=True, limit=TOKENS - 1)
+
+
+def test_variants_of_a_request_must_fit_into_the_queue_together() -> None:
+    check_further(2, 100, 100)
+    with pytest.raises(TooLarge, match="beside the first 2 samples holds 101 tokens and the queue 100"):
+        check_further(2, 101, 100)
