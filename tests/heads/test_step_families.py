@@ -165,7 +165,7 @@ def test_math_shepherd_judges_each_line_at_its_tag(shepherd: Path, prompt: str, 
     spans = aligned.spans or []
     assert all(0 <= start <= stop <= len(response.encode()) for start, stop in spans)
     lines = [line for line in response.split("\n") if line.strip()]
-    ends = [spans[stop - 1] for stop in aligned.response.steps]
+    ends = [spans[stop - 1] for stop in aligned.steps]
     assert [response.encode()[a:b].decode(errors="ignore") for a, b in ends] == [
         line.rstrip().encode()[-1:].decode(errors="ignore") for line in lines
     ]

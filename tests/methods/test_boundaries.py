@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from densereward.capture import Span
-from densereward.methods.boundaries import Cuts
+from densereward.methods.boundaries import TextBoundaries
 
 
-def cuts(tokens: list[bytes], slots: list[Span] | None = None) -> Cuts:
+def boundaries(tokens: list[bytes], slots: list[Span] | None = None) -> TextBoundaries:
     text = b"".join(tokens)
     ends = [sum(map(len, tokens[: i + 1])) for i in range(len(tokens))]
-    return Cuts(lambda: text, list(pairwise([0, *ends])), slots)
+    return TextBoundaries(lambda: text, list(pairwise([0, *ends])), slots)
 
 
 @pytest.mark.parametrize(
@@ -34,18 +34,18 @@ def cuts(tokens: list[bytes], slots: list[Span] | None = None) -> Cuts:
     ids=lambda value: "".join(value) if isinstance(value[0], str) else "",
 )
 def test_sentences_end_at_the_token_that_holds_their_mark(tokens: list[str], ends: list[int]) -> None:
-    assert cuts([token.encode() for token in tokens]).sentences == ends
+    assert boundaries([token.encode() for token in tokens]).sentences == ends
 
 
 def test_tokens_that_split_a_character_and_bytes_that_are_none_keep_every_place() -> None:
     mark = "。".encode()
-    assert cuts(["良い".encode(), mark[:1], mark[1:], "次".encode(), mark]).sentences == [3, 5]
-    assert cuts([b"a\xff\xfe", b".", b" B", b"\xe3."]).sentences == [2, 4]
+    assert boundaries(["良い".encode(), mark[:1], mark[1:], "次".encode(), mark]).sentences == [3, 5]
+    assert boundaries([b"a\xff\xfe", b".", b" B", b"\xe3."]).sentences == [2, 4]
 
 
 @given(st.lists(st.binary(max_size=6), min_size=1, max_size=30))
 def test_cuts_are_in_order_and_end_with_the_response_whatever_the_bytes(tokens: list[bytes]) -> None:
-    ends = cuts(tokens).sentences
+    ends = boundaries(tokens).sentences
     assert ends == sorted(set(ends))
     assert ends[0] > 0
     assert ends[-1] == len(tokens)
@@ -53,5 +53,5 @@ def test_cuts_are_in_order_and_end_with_the_response_whatever_the_bytes(tokens: 
 
 def test_a_trainers_token_begins_at_the_first_token_that_begins_with_or_after_it() -> None:
     tokens = [b"ab", b"cd", b"e"]
-    assert cuts(tokens).before_slots([0, 2]) == [0, 2]
-    assert cuts(tokens, [(0, 1), (1, 2), (2, 3), (3, 5)]).before_slots([0, 1, 2, 3]) == [0, 1, 1, 2]
+    assert boundaries(tokens).before_slots([0, 2]) == [0, 2]
+    assert boundaries(tokens, [(0, 1), (1, 2), (2, 3), (3, 5)]).before_slots([0, 1, 2, 3]) == [0, 1, 1, 2]

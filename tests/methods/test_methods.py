@@ -19,7 +19,7 @@ from densereward.errors import InvalidRequest
 from densereward.methods import METHODS
 from densereward.methods.abc import MASS_FLOOR
 from densereward.methods.base import Credit, Method, Params, Response, Segment
-from densereward.methods.boundaries import Cuts
+from densereward.methods.boundaries import TextBoundaries
 from densereward.methods.units import MOST_UNITS
 from densereward.scoring.plans import boundaries_of, plan
 from densereward_client.wire import TokenRewardsRequest
@@ -40,7 +40,9 @@ CAPTURED = Captured(
     },
 )
 TEXT = b"Yes. But. Ok"
-TOKENS = Response(length=3, count=3, ids=[5, 6, 7], cuts=Cuts(lambda: TEXT, [(0, 4), (4, 9), (9, 12)], None))
+TOKENS = Response(
+    length=3, count=3, ids=[5, 6, 7], text_boundaries=TextBoundaries(lambda: TEXT, [(0, 4), (4, 9), (9, 12)], None)
+)
 
 
 def credit(name: str, captured: Captured = CAPTURED, tokens: Response = TOKENS, **params: Any) -> Credit:
@@ -159,7 +161,9 @@ def test_abc_needs_the_rows_it_averages_and_red_the_prefix_scores() -> None:
 def test_a_sentences_reward_is_the_step_over_it(place: str, rewards: list[float], prefix_mode: PrefixMode) -> None:
     scores = Prefixes(0.5, np.array([9.0, 3.5, 1.5, 8.0], np.float32))
     captured = Captured(reward=3.0, length=4, prefixes={prefix_mode: scores})
-    response = Response(4, 4, cuts=Cuts(lambda: b"We go. They. You", [(0, 2), (2, 6), (6, 12), (12, 16)], None))
+    response = Response(
+        4, 4, text_boundaries=TextBoundaries(lambda: b"We go. They. You", [(0, 2), (2, 6), (6, 12), (12, 16)], None)
+    )
     given_credit = credit("sentence", captured, response, place=place, prefix_mode=prefix_mode)
     np.testing.assert_allclose(given_credit.rewards, rewards)
     assert given_credit.baseline == 0.5
@@ -170,7 +174,9 @@ def test_a_sentences_reward_is_the_step_over_it(place: str, rewards: list[float]
 
 def test_only_the_closed_prefixes_at_the_ends_of_sentences_are_scored() -> None:
     method = METHODS["sentence"]()
-    response = Response(4, 4, cuts=Cuts(lambda: b"We go. They. You", [(0, 2), (2, 6), (6, 12), (12, 16)], None))
+    response = Response(
+        4, 4, text_boundaries=TextBoundaries(lambda: b"We go. They. You", [(0, 2), (2, 6), (6, 12), (12, 16)], None)
+    )
     assert method.boundaries(response, method.params_type()) == [2, 3, 4]
 
 
@@ -245,8 +251,10 @@ def test_segments_begin_where_the_entropy_is_high_and_are_worth_the_score_at_the
 def test_the_entropies_of_the_trainers_own_tokens_cut_between_the_models() -> None:
     scores = np.array([1.0, 2.0, 4.0], np.float32)
     captured = Captured(reward=4.0, length=3, prefixes={"open": Prefixes(0.0, scores)})
-    cuts = Cuts(lambda: b"abcdef", [(0, 2), (2, 4), (4, 6)], [(0, 3), (3, 6)])
-    given_credit = credit("segment", captured, Response(3, 2, entropies=np.array([0.0, 5.0]), cuts=cuts))
+    boundaries = TextBoundaries(lambda: b"abcdef", [(0, 2), (2, 4), (4, 6)], [(0, 3), (3, 6)])
+    given_credit = credit(
+        "segment", captured, Response(3, 2, entropies=np.array([0.0, 5.0]), text_boundaries=boundaries)
+    )
     assert [(each.start, each.stop) for each in given_credit.segments] == [(0, 2), (2, 3)]
 
 
@@ -416,8 +424,8 @@ def test_occlusion_is_what_the_score_loses_without_the_unit() -> None:
 
 def test_a_word_is_left_out_with_all_its_tokens_or_blanked() -> None:
     method = METHODS["occlusion"]()
-    cuts = Cuts(lambda: b"Good day", [(0, 2), (2, 4), (4, 8)], None)
-    response = Response(3, 3, ids=[5, 6, 7], blank_id=9, cuts=cuts)
+    boundaries = TextBoundaries(lambda: b"Good day", [(0, 2), (2, 4), (4, 8)], None)
+    response = Response(3, 3, ids=[5, 6, 7], blank_id=9, text_boundaries=boundaries)
     assert list(method.variants(response, method.params_type())) == [[7], [5, 6]]
     assert list(method.variants(response, method.params_type(absent="blank"))) == [[9, 9, 7], [5, 6, 9]]
     with pytest.raises(InvalidRequest, match="no token for a space"):
@@ -469,7 +477,9 @@ def shapley_by_subsets(ids: Sequence[int]) -> list[float]:
 def test_owen_values_of_words_sum_to_the_shapley_values_of_their_sentences() -> None:
     text = b"We go on. They stay at. You too of"
     spans = [(0, 2), (2, 5), (5, 9), (9, 14), (14, 19), (19, 23), (23, 27), (27, 31), (31, 34)]
-    response = Response(9, 9, ids=[5, 6, 8, 7, 9, 10, 11, 6, 12], cuts=Cuts(lambda: text, spans, None))
+    response = Response(
+        9, 9, ids=[5, 6, 8, 7, 9, 10, 11, 6, 12], text_boundaries=TextBoundaries(lambda: text, spans, None)
+    )
     words, _ = scored("shapley", response, within_sentences=True, orders=500)
     sentences, _ = scored("shapley", response, unit="sentence")
     sums = words.rewards.reshape(3, 3).sum(axis=1)
@@ -535,11 +545,13 @@ def test_rewards_and_baseline_sum_to_the_sequences_reward(
     )
     weights = row.astype(np.float64) + 1e-9
     spans = [(i, i + 1) for i in range(length)]
-    cuts = Cuts(lambda: b"a. B" * length, spans, None)
+    boundaries = TextBoundaries(lambda: b"a. B" * length, spans, None)
     method: Method[Any] = METHODS[name]()
     ids = list(range(length))
     steps = range(1, length + 1)
-    response = Response(length, length, ids, weights=weights, entropies=weights * 50, cuts=cuts, steps=steps)
+    response = Response(
+        length, length, ids, weights=weights, entropies=weights * 50, text_boundaries=boundaries, steps=steps
+    )
     params = method.settle([captured], method.params_type())
     random = np.random.default_rng(seed)
     variants = [

@@ -7,7 +7,8 @@ import pytest
 import tiny
 from densereward.capture import PrefixScores
 from densereward.errors import TooLarge
-from densereward.scoring.auxiliary import check_further, with_further
+from densereward.scoring.auxiliary import check_auxiliary
+from densereward.scoring.preparation import Prepared, prepare
 from densereward.tokenization.align import Aligner
 from densereward_client.wire import Sample
 
@@ -17,22 +18,25 @@ CLOSED = frozenset([PrefixScores("closed")])
 TOKENS = 4 * (2 + 2) + 1 + 2 + 3  # of four prefixes: a prompt and closing tokens each, and what they hold
 
 
+def prepared(*, reencodes: bool, limit: int) -> Prepared:
+    return prepare(SAMPLE, [], CLOSED, ALIGNER, truncate=False, reencodes=reencodes, limit=limit)
+
+
 def test_closed_prefixes_become_sequences_of_their_own_where_the_engine_needs_that() -> None:
-    aligned = ALIGNER.align(SAMPLE, CLOSED)
-    kept = with_further(aligned, SAMPLE, [], ALIGNER, reencodes=False, limit=0)
-    assert not kept.further
-    assert kept.sequence.needs == CLOSED
-    apart = with_further(aligned, SAMPLE, [], ALIGNER, reencodes=True, limit=TOKENS)
-    assert [each.response_length for each in apart.prefixes] == [0, 1, 2, 3]
-    assert not apart.sequence.needs
+    within = prepared(reencodes=False, limit=0)
+    assert not within.auxiliary
+    assert within.sequence.needs == CLOSED
+    split = prepared(reencodes=True, limit=TOKENS)
+    assert [each.response_length for each in split.prefixes] == [0, 1, 2, 3]
+    assert not split.sequence.needs
 
 
 def test_prefixes_that_no_queue_could_hold_are_not_even_made() -> None:
     with pytest.raises(TooLarge, match=f"{TOKENS} tokens, and the queue holds {TOKENS - 1}"):
-        with_further(ALIGNER.align(SAMPLE, CLOSED), SAMPLE, [], ALIGNER, reencodes=True, limit=TOKENS - 1)
+        prepared(reencodes=True, limit=TOKENS - 1)
 
 
 def test_variants_of_a_request_must_fit_into_the_queue_together() -> None:
-    check_further(2, 100, 100)
+    check_auxiliary(2, 100, 100)
     with pytest.raises(TooLarge, match="beside the first 2 samples holds 101 tokens and the queue 100"):
-        check_further(2, 101, 100)
+        check_auxiliary(2, 101, 100)

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from densereward.errors import InvalidRequest
-from densereward.scoring.running_deviation import Spread
+from densereward.scoring.running_deviation import RunningDeviation
 
 
 def test_the_deviation_is_that_of_all_rewards_so_far_in_whatever_batches_they_came() -> None:
     rewards = np.random.default_rng(0).normal(1e3, 2.0, 600)
-    spread = Spread(noise=1e-4)
+    deviation = RunningDeviation(noise=1e-4)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(spread.add, [part.tolist() for part in np.split(rewards, 60)]))
-    assert spread.measured() == pytest.approx((rewards.mean(), rewards.std(ddof=1)), rel=1e-9)
+        list(pool.map(deviation.add, [part.tolist() for part in np.split(rewards, 60)]))
+    assert deviation.measured() == pytest.approx((rewards.mean(), rewards.std(ddof=1)), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_the_deviation_is_that_of_all_rewards_so_far_in_whatever_batches_they_ca
     ids=["none", "one", "few", "same", "noise"],
 )
 def test_no_spread_is_an_error_and_neither_a_division_nor_rounding_blown_up(rewards: list[float]) -> None:
-    spread = Spread(noise=1e-4)
-    spread.add(rewards)
+    deviation = RunningDeviation(noise=1e-4)
+    deviation.add(rewards)
     with pytest.raises(InvalidRequest, match="differ by more than rounding"):
-        spread.measured()
+        deviation.measured()

@@ -8,7 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 import tiny
-from densereward.errors import InvalidRequest, ModelError
+from densereward.errors import ModelError
 from densereward.tokenization.frame import Frame
 from densereward.tokenization.vocabulary import Vocabulary
 
@@ -42,7 +42,7 @@ def test_a_response_that_was_cut_by_length_gets_only_what_is_written_behind_all(
     assert not scored.closes_all
 
 
-def test_without_a_template_the_tokenizers_own_end_closes_a_response_and_dialogues_are_refused() -> None:
+def test_without_a_template_the_tokenizers_own_end_closes_a_response() -> None:
     tokenizer = tiny.make_tokenizer(template=None)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A <|im_end|>", special_tokens=[("<|im_end|>", END)]
@@ -50,8 +50,7 @@ def test_without_a_template_the_tokenizers_own_end_closes_a_response_and_dialogu
     frame = frame_of(tokenizer)
     assert frame.closing_ids == [END]
     assert list(frame.closing_behind([7], finished=True)) == [END]
-    with pytest.raises(InvalidRequest, match="no chat template"):
-        frame.dialogues()
+    assert frame.template is None
 
 
 def test_where_only_steps_are_read_nothing_closes_a_response() -> None:

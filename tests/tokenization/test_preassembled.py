@@ -10,7 +10,7 @@ from tokenizers import processors
 import tiny
 from densereward.errors import InvalidRequest
 from densereward.tokenization.frame import Frame
-from densereward.tokenization.preassembled import WholeReader
+from densereward.tokenization.preassembled import PreassembledReader
 from densereward.tokenization.vocabulary import Vocabulary
 from densereward_client.wire import Message
 
@@ -18,9 +18,9 @@ BOS, END = 0, 2
 TOKENIZER = tiny.make_tokenizer()
 
 
-def reader_of(tokenizer: Any, **read: Any) -> WholeReader:
+def reader_of(tokenizer: Any, **read: Any) -> PreassembledReader:
     vocabulary = Vocabulary(tokenizer)
-    return WholeReader(vocabulary, Frame(tokenizer, vocabulary, 320, **read), "sequence", needs_prompt=False)
+    return PreassembledReader(vocabulary, Frame(tokenizer, vocabulary, 320, **read), "sequence", needs_prompt=False)
 
 
 def ids_of(text: str) -> list[int]:

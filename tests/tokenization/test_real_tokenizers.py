@@ -16,7 +16,7 @@ import families
 from densereward.capture import Span
 from densereward.errors import InvalidRequest
 from densereward.methods.base import Credit, Params
-from densereward.scoring.placement import place
+from densereward.scoring.placement import Slots, place, slots_of
 from densereward.tokenization.align import Aligned, Aligner
 from densereward_client.wire import Sample
 
@@ -65,6 +65,10 @@ ANSWERS = [
 def ids_of(family: str, written: str, *, special: bool = False) -> list[int]:
     ids: list[int] = families.load(family)(written, add_special_tokens=special).input_ids
     return ids
+
+
+def slots(aligned: Aligned) -> Slots:
+    return slots_of(aligned.sample, len(aligned.response_ids))
 
 
 def align(family: str, **sample: Any) -> Aligned:
@@ -232,7 +236,7 @@ def test_what_the_tokenizer_adds_behind_closes_a_finished_response_once(family: 
         aligned = align(family, prompt_token_ids=[], response_token_ids=given_ids, finished=finished)
         assert list(aligned.sequence.token_ids) == scored
         assert aligned.sequence.scored_position == len(scored) - 1
-        assert aligned.slots.count == len(given_ids)
+        assert slots(aligned).count == len(given_ids)
 
 
 @pytest.mark.parametrize("name", families.TEMPLATES)
@@ -330,7 +334,13 @@ def test_rewards_keep_their_sum_on_the_tokens_of_every_other_tokenizer(
     count = aligned.sequence.response_length
     assume(count)
     values = np.array(data.draw(st.lists(st.floats(-9, 9), min_size=count, max_size=count)))
-    placed = place(Credit(values), float(values.sum()), Params(), aligned.slots, aligned.spans)
+    placed = place(
+        Credit(values),
+        float(values.sum()),
+        Params(),
+        slots(aligned),
+        aligned.spans,
+    )
     assert len(placed.rewards) == len(targets)
     assert placed.rewards.sum(dtype=np.float64) == pytest.approx(values.sum(), abs=1e-4)
 
@@ -347,7 +357,7 @@ def test_a_token_gives_its_reward_to_the_trainers_tokens_that_it_shares_bytes_wi
     for token, (start, stop) in enumerate(aligned.spans):
         values = np.zeros(len(aligned.spans))
         values[token] = 1.0
-        placed = place(Credit(values), 1.0, Params(), aligned.slots, aligned.spans)
+        placed = place(Credit(values), 1.0, Params(), slots(aligned), aligned.spans)
         shared = [max(min(stop, last) - max(start, first), 0) for first, last in targets]
         if sum(shared):
             np.testing.assert_allclose(placed.rewards, np.array(shared) / sum(shared), rtol=1e-6)

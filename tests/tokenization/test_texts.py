@@ -9,6 +9,7 @@ from tokenizers import normalizers
 from tokenizers.processors import ByteLevel
 
 import tiny
+from densereward.errors import InvalidRequest
 from densereward.tokenization.frame import Frame
 from densereward.tokenization.texts import Text, TextReader
 from densereward.tokenization.vocabulary import Vocabulary
@@ -18,17 +19,17 @@ BOS, START = 0, 1
 TOKENIZER = tiny.make_tokenizer()
 
 
-def reading(tokenizer: Any) -> TextReader:
+def read_by(tokenizer: Any, sample: Sample) -> Text:
+    """Both parts as ids, with what stands before the response."""
     vocabulary = Vocabulary(tokenizer)
-    return TextReader(vocabulary, Frame(tokenizer, vocabulary, 320), None)
+    frame = Frame(tokenizer, vocabulary, 320)
+    text = TextReader(vocabulary, frame.template, None, reads_pairs=False).read(sample)
+    frame.open(sample, text)
+    return text
 
 
-def reader_of(**tokenizer: Any) -> TextReader:
-    return reading(tiny.make_tokenizer(**tokenizer))
-
-
-def read(reader: TextReader | None = None, **sample: Any) -> Text:
-    return (reader or reader_of()).read(Sample(**sample))
+def read(tokenizer: Any = TOKENIZER, **sample: Any) -> Text:
+    return read_by(tokenizer, Sample(**sample))
 
 
 def ids_of(text: str) -> list[int]:
@@ -37,28 +38,28 @@ def ids_of(text: str) -> list[int]:
 
 @pytest.mark.parametrize("bare", ["", "Why?"])
 def test_bos_is_added_once_to_a_prompt_as_text(bare: str) -> None:
-    reader = reader_of(adds_bos=True)
+    tokenizer = tiny.make_tokenizer(adds_bos=True)
     for prompt in (bare, f"<|bos|>{bare}"):
-        text = read(reader, prompt=prompt, response="So.")
+        text = read(tokenizer, prompt=prompt, response="So.")
         assert text.prompt_ids == [BOS, *ids_of(bare)]
         assert text.response_ids == ids_of("So.")
         assert not text.warnings
 
 
 def test_bos_is_added_neither_to_ids_nor_to_messages() -> None:
-    reader = reader_of(adds_bos=True)
-    assert read(reader, prompt_token_ids=[5], response_token_ids=[7]).prompt_ids == [5]
-    assert read(reader, messages=[{"role": "user", "content": ""}], response="a").prompt_ids[0] == START
+    tokenizer = tiny.make_tokenizer(adds_bos=True)
+    assert read(tokenizer, prompt_token_ids=[5], response_token_ids=[7]).prompt_ids == [5]
+    assert read(tokenizer, messages=[{"role": "user", "content": ""}], response="a").prompt_ids[0] == START
 
 
 def test_a_template_that_writes_bos_is_not_given_another() -> None:
-    reader = reader_of(adds_bos=True, template="<|bos|>" + tiny.CHATML)
-    text = read(reader, messages=[{"role": "user", "content": ""}], response="a")
+    tokenizer = tiny.make_tokenizer(adds_bos=True, template="<|bos|>" + tiny.CHATML)
+    text = read(tokenizer, messages=[{"role": "user", "content": ""}], response="a")
     assert text.prompt_ids[:2] == [BOS, START]
 
 
 def test_a_doubled_bos_is_reported() -> None:
-    text = read(reader_of(adds_bos=True), prompt_token_ids=[BOS, BOS, 5], response_token_ids=[7])
+    text = read(tiny.make_tokenizer(adds_bos=True), prompt_token_ids=[BOS, BOS, 5], response_token_ids=[7])
     assert text.warnings[0].startswith("doubled_bos:")
 
 
@@ -93,10 +94,15 @@ def test_a_prompt_of_one_blank_stays_a_prompt() -> None:
 
 
 def test_a_response_that_the_template_would_have_stripped_is_scored_as_it_stands_with_a_warning() -> None:
-    reader = reader_of(template=tiny.CHATML.replace("message['content']", "message['content'] | trim"))
+    tokenizer = tiny.make_tokenizer(template=tiny.CHATML.replace("message['content']", "message['content'] | trim"))
     messages = [{"role": "user", "content": "Why?"}]
-    assert read(reader, messages=messages, response=" So.").warnings[0].startswith("unstripped_response:")
-    assert not read(reader, messages=messages, response="So.").warnings
+    assert read(tokenizer, messages=messages, response=" So.").warnings[0].startswith("unstripped_response:")
+    assert not read(tokenizer, messages=messages, response="So.").warnings
+
+
+def test_dialogues_are_refused_without_a_template() -> None:
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        read(tiny.make_tokenizer(template=None), messages=[{"role": "user", "content": "Why?"}], response="So.")
 
 
 def test_spans_count_bytes_and_not_characters() -> None:
@@ -110,7 +116,7 @@ def test_a_crossing_that_offsets_hide_is_found_by_the_prompts_own_ids() -> None:
     tokenizer = tiny.make_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
-    text = read(reading(tokenizer), prompt="e", response="\u0301 a")
+    text = read(tokenizer, prompt="e", response="\u0301 a")
     assert text.warnings[0].startswith("split_boundary:")
     assert text.prompt_ids == ids_of("e")
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from densereward.capture import Captured, Need
 from densereward.errors import InvalidRequest
-from densereward.methods.boundaries import Cuts
+from densereward.methods.boundaries import TextBoundaries
 
 __all__ = [
     "Beta",
@@ -82,7 +82,7 @@ class Response:
         weights: one a slot, for `weights`.
         entropies: the policy's, in nats, one a slot, for `segment`.
         finished: whether the response ended by itself; otherwise no closing tokens were scored.
-        cuts: where its text can be cut; None where the bytes of its tokens cannot be known.
+        text_boundaries: where its text can be cut; None where the bytes of its tokens cannot be known.
         steps: tokens before each step's end, for a model that judges steps, or single tokens.
     """
 
@@ -93,7 +93,7 @@ class Response:
     weights: Float64[np.ndarray, " L"] | None = None
     entropies: Float64[np.ndarray, " L"] | None = None
     finished: bool = True
-    cuts: Cuts | None = None
+    text_boundaries: TextBoundaries | None = None
     steps: Sequence[int] = ()
 
 

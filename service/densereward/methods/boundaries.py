@@ -17,7 +17,7 @@ import sentencex
 
 from densereward.capture import Span
 
-__all__ = ["Cuts"]
+__all__ = ["TextBoundaries"]
 
 _LANGUAGE = "en"  # its abbreviations; the marks that end a sentence are those of all languages
 _QUESTION_MARKS = "densereward_question_marks"
@@ -25,7 +25,7 @@ _QUESTION_MARKS = "densereward_question_marks"
 codecs.register_error(_QUESTION_MARKS, lambda error: ("?" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
 
 
-class Cuts:
+class TextBoundaries:
     """One response's.
 
     Args:

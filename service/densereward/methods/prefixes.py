@@ -11,9 +11,9 @@ from jaxtyping import Float64
 from densereward.capture import Captured, PrefixMode
 from densereward.errors import InvalidRequest
 from densereward.methods.base import Response
-from densereward.methods.boundaries import Cuts
+from densereward.methods.boundaries import TextBoundaries
 
-__all__ = ["Scores", "cuts_of", "scores_at", "spread_evenly"]
+__all__ = ["Scores", "scores_at", "spread_evenly", "text_boundaries_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +61,17 @@ def spread_evenly(values: Float64[np.ndarray, " B"], boundaries: Sequence[int]) 
     return np.repeat(values / lengths, lengths)
 
 
-def cuts_of(name: str, response: Response) -> Cuts:
+def text_boundaries_of(name: str, response: Response) -> TextBoundaries:
     """Where a response can be cut, for the method of this name.
 
     Raises:
         InvalidRequest: the reward model's tokens have no byte spans.
     """
-    if response.cuts is None:
+    if response.text_boundaries is None:
         raise InvalidRequest(
             f"{name} cuts the response's text, and the bytes of its ids cannot be known with this tokenizer; give "
             "`response` as text",
             code="no_spans",
             field="response_token_ids",
         )
-    return response.cuts
+    return response.text_boundaries

@@ -26,7 +26,7 @@ import numpy as np
 
 from densereward.capture import Captured, Need, PrefixMode, PrefixScores
 from densereward.methods.base import Credit, Finite, Method, Params, Response, Segment
-from densereward.methods.prefixes import cuts_of, scores_at, spread_evenly
+from densereward.methods.prefixes import scores_at, spread_evenly, text_boundaries_of
 
 __all__ = ["SegmentParams", "Segments"]
 
@@ -63,7 +63,7 @@ class Segments(Method[SegmentParams]):
     def check(self, response: Response) -> None:
         """There is something to cut by."""
         if response.entropies is None:
-            cuts_of("segment", response)
+            text_boundaries_of("segment", response)
 
     def credit(self, captured: Captured, response: Response, params: SegmentParams) -> Credit:
         """Each segment's value, on its tokens."""
@@ -86,7 +86,7 @@ class Segments(Method[SegmentParams]):
 def _ends(response: Response, params: SegmentParams) -> Sequence[int]:
     """Tokens before each segment's end."""
     if response.entropies is None:
-        return cuts_of("segment", response).sentences
+        return text_boundaries_of("segment", response).sentences
     begins = np.flatnonzero(response.entropies > params.entropy).tolist()
-    tokens = begins if response.cuts is None else response.cuts.before_slots(begins)
+    tokens = begins if response.text_boundaries is None else response.text_boundaries.before_slots(begins)
     return sorted({*tokens, response.length} - {0})

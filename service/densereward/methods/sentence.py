@@ -27,7 +27,7 @@ import numpy as np
 
 from densereward.capture import Captured, Need, PrefixMode, PrefixScores
 from densereward.methods.base import Credit, Method, Params, Response, Segment
-from densereward.methods.prefixes import cuts_of, scores_at, spread_evenly
+from densereward.methods.prefixes import scores_at, spread_evenly, text_boundaries_of
 
 __all__ = ["Sentence", "SentenceParams"]
 
@@ -81,4 +81,4 @@ class Sentence(Method[SentenceParams]):
 
 
 def _ends(response: Response) -> Sequence[int]:
-    return cuts_of("sentence", response).sentences
+    return text_boundaries_of("sentence", response).sentences

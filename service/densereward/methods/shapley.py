@@ -34,7 +34,7 @@ from pydantic import Field, NonNegativeInt
 from densereward.capture import Captured, Need, Variants
 from densereward.errors import InvalidRequest
 from densereward.methods.base import Credit, Method, Response, Segment
-from densereward.methods.prefixes import cuts_of
+from densereward.methods.prefixes import text_boundaries_of
 from densereward.methods.units import UnitParams, Units
 
 __all__ = ["EXACT_UP_TO", "MOST_COALITIONS", "Shapley", "ShapleyParams"]
@@ -147,7 +147,7 @@ def _orders(units: Units, params: ShapleyParams) -> list[Int64[np.ndarray, " U"]
 
 def _by_sentence(units: Units) -> list[Int64[np.ndarray, " n"]]:
     """The units of each sentence; one that lies across its end belongs to it."""
-    cuts = cuts_of("within_sentences", units.response)
+    cuts = text_boundaries_of("within_sentences", units.response)
     starts = np.array([start for start, _ in units.spans()])
     edges = np.searchsorted(starts, [0, *cuts.sentences])
     return [np.arange(start, stop) for start, stop in pairwise(edges.tolist()) if stop > start]

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float64
 
 from densereward.errors import InvalidRequest
 from densereward.methods.base import Params, Response
-from densereward.methods.prefixes import cuts_of, spread_evenly
+from densereward.methods.prefixes import spread_evenly, text_boundaries_of
 
 __all__ = ["MOST_UNITS", "UnitParams", "Units"]
 
@@ -56,8 +56,8 @@ class Units:
         if params.unit == "token":
             stops: Sequence[int] = range(1, response.length + 1)
         else:
-            cuts = cuts_of(f"unit {params.unit!r}", response)
-            stops = cuts.sentences if params.unit == "sentence" else cuts.words
+            boundaries = text_boundaries_of(f"unit {params.unit!r}", response)
+            stops = boundaries.sentences if params.unit == "sentence" else boundaries.words
         if len(stops) > MOST_UNITS:
             raise InvalidRequest(
                 f"the response has {len(stops)} {params.unit}s, and {MOST_UNITS} units can be left out in turn; take a "

@@ -16,11 +16,11 @@ from densereward.methods.base import Credit
 from densereward.scheduling.batcher import Scored
 from densereward.scoring.placement import Placed, place, slot_boundaries
 from densereward.scoring.plans import Plan
-from densereward.tokenization.align import Aligned
+from densereward.scoring.preparation import Prepared
 from densereward.tokenization.vocabulary import Vocabulary
 from densereward_client.wire import Sample, TokenRewardsRequest, encode_base64
 
-__all__ = ["encoder", "envelope", "error_item", "reward_item", "token_rewards_item", "told"]
+__all__ = ["encoder", "envelope", "error_item", "method_details", "reward_item", "token_rewards_item"]
 
 Encode = Callable[[np.ndarray], Any]
 
@@ -34,7 +34,7 @@ def envelope(
     kind: str,
     items: list[dict[str, Any]],
     sequences: Sequence[ScoringInput],
-    variants: Sequence[ScoringInput],
+    auxiliary: Sequence[ScoringInput],
     scored: Sequence[Scored],
     started: float,
 ) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def envelope(
         "usage": {
             "prompt_tokens": sum(each.prompt_length for each in sequences),
             "response_tokens": sum(each.response_length for each in sequences),
-            "forward_tokens": sum(each.forward_tokens for each in (*sequences, *variants)),
+            "forward_tokens": sum(each.forward_tokens for each in (*sequences, *auxiliary)),
         },
         "timing": {
             "queue_ms": 1e3 * max((each.queue_seconds for each in scored), default=0.0),
@@ -62,16 +62,16 @@ def error_item(index: int, error: DenseRewardError) -> dict[str, Any]:
     return {"index": index, "id": error.details.get("id"), "error": error.as_error()}
 
 
-def reward_item(index: int, sample: Sample, aligned: Aligned, captured: Captured) -> dict[str, Any]:
+def reward_item(index: int, sample: Sample, prepared: Prepared, captured: Captured) -> dict[str, Any]:
     """A sample's sequence reward."""
-    item = {"index": index, "id": sample.id, "reward": captured.reward, "warnings": list(aligned.warnings)}
-    return item | ({"truncated_prompt_tokens": aligned.dropped} if aligned.dropped else {})
+    item = {"index": index, "id": sample.id, "reward": captured.reward, "warnings": list(prepared.aligned.warnings)}
+    return item | ({"truncated_prompt_tokens": prepared.aligned.dropped} if prepared.aligned.dropped else {})
 
 
 def token_rewards_item(
     index: int,
     sample: Sample,
-    aligned: Aligned,
+    prepared: Prepared,
     captured: Captured,
     *,
     variants: Sequence[Sequence[Captured]],
@@ -85,30 +85,30 @@ def token_rewards_item(
         EngineFailure: rewards that are not finite or do not sum to the sequence's.
     """
     encode = encoder(request.encoding_format)
-    item = reward_item(index, sample, aligned, captured) | {"token_rewards": {}, "baseline": {}}
+    item = reward_item(index, sample, prepared, captured) | {"token_rewards": {}, "baseline": {}}
     if "segments" in request.include:
         item["segments"] = {}
-    for plan, asked in zip(plans, variants, strict=True):
-        credit = _credit(plan, aligned, replace(captured, variants=asked))
-        placed = place(credit, captured.reward, plan.params, aligned.slots, aligned.spans)
+    for plan, other in zip(plans, variants, strict=True):
+        credit = _credit(plan, prepared, replace(captured, variants=other))
+        placed = place(credit, captured.reward, plan.params, prepared.slots, prepared.aligned.spans)
         item["token_rewards"][plan.key] = encode(placed.rewards)
         item["baseline"][plan.key] = placed.baseline
-        if asked:
-            item.setdefault("passes", {})[plan.key] = 1 + len(asked)
-        for name, value in told(plan, credit, placed).items():
+        if other:
+            item.setdefault("passes", {})[plan.key] = 1 + len(other)
+        for name, value in method_details(plan, credit, placed).items():
             item.setdefault(name, {})[plan.key] = value
         if "segments" in request.include:
-            for name, values in _segments(credit, aligned).items():
+            for name, values in _segments(credit, prepared).items():
                 item.setdefault(name, {})[plan.key] = values
         item["warnings"] += [warning for warning in credit.warnings if warning not in item["warnings"]]
-    return item | _included(request, aligned, captured, vocabulary, encode)
+    return item | _included(request, prepared, captured, vocabulary, encode)
 
 
-def _credit(plan: Plan, aligned: Aligned, captured: Captured) -> Credit:
+def _credit(plan: Plan, prepared: Prepared, captured: Captured) -> Credit:
     """The method's credit; without a response token, all of R on the last slot."""
     if captured.length:
-        return plan.method.credit(captured, aligned.response, plan.params)
-    rewards = np.zeros(aligned.slots.count)
+        return plan.method.credit(captured, prepared.response, plan.params)
+    rewards = np.zeros(prepared.slots.count)
     rewards[-1:] = captured.reward
     return Credit(
         rewards,
@@ -118,15 +118,15 @@ def _credit(plan: Plan, aligned: Aligned, captured: Captured) -> Credit:
 
 
 def _included(
-    request: TokenRewardsRequest, aligned: Aligned, captured: Captured, vocabulary: Vocabulary, encode: Encode
+    request: TokenRewardsRequest, prepared: Prepared, captured: Captured, vocabulary: Vocabulary, encode: Encode
 ) -> dict[str, Any]:
     included: dict[str, Any] = {}
     if "tokens" in request.include:
-        sequence = aligned.sequence
+        sequence = prepared.sequence
         response = sequence.token_ids[sequence.prompt_length : sequence.response_stop]
         included["tokens"] = [vocabulary.token_text(token_id) for token_id in response]
     if "spans" in request.include:
-        included["spans"] = aligned.spans
+        included["spans"] = prepared.aligned.spans
     if "prefix_scores" in request.include:
         prefixes = captured.prefixes["open"]
         included |= {"prefix_scores": encode(prefixes.after), "prompt_score": prefixes.before}
@@ -139,32 +139,32 @@ def _included(
     return included
 
 
-def told(plan: Plan, credit: Credit, placed: Placed) -> dict[str, float]:
-    """What a method says beside its rewards."""
-    told = {}
+def method_details(plan: Plan, credit: Credit, placed: Placed) -> dict[str, float]:
+    """What an answer says of a method beside its rewards."""
+    details = {}
     if credit.attention_mass is not None:
-        told["attention_mass"] = credit.attention_mass
+        details["attention_mass"] = credit.attention_mass
     if credit.standard_error is not None:
-        told["standard_error"] = credit.standard_error * plan.params.beta * placed.scale
+        details["standard_error"] = credit.standard_error * plan.params.beta * placed.scale
     if plan.params.normalize is not None:
-        told["scale"] = placed.scale
+        details["scale"] = placed.scale
     if plan.params.clip is not None:
-        told["clipped"] = placed.clipped
-    return told
+        details["clipped"] = placed.clipped
+    return details
 
 
-def _segments(credit: Credit, aligned: Aligned) -> dict[str, list[Any]]:
+def _segments(credit: Credit, prepared: Prepared) -> dict[str, list[Any]]:
     """A method's segments on the trainer's tokens, and which of these to keep, as far as it says so."""
     if not credit.segments:
         return {}
-    stops = slot_boundaries([each.stop for each in credit.segments], aligned.slots, aligned.spans)
+    stops = slot_boundaries([each.stop for each in credit.segments], prepared.slots, prepared.aligned.spans)
     spans = list(zip([0, *stops[:-1]], stops, credit.segments, strict=True))
     segments = [{"start": start, "end": stop, "score": each.score, "keep": each.keep} for start, stop, each in spans]
     if any(each.keep is None for each in credit.segments):
         return {"segments": segments}
-    kept = range(aligned.slots.count) if aligned.slots.kept is None else aligned.slots.kept
+    kept = range(prepared.slots.count) if prepared.slots.kept is None else prepared.slots.kept
     marked = [int(bool(each.keep)) for start, stop, each in spans for _ in range(start, stop)]
-    mask = [0] * aligned.slots.count
+    mask = [0] * prepared.slots.count
     for slot in kept:
         mask[slot] = marked[slot]
     return {"segments": segments, "mask": mask}

@@ -1,6 +1,6 @@
 """What is scored beside a sample's own sequence: its variants, its prompt with instructions, its closed prefixes.
 
-All of it joins the queue, so a sample or a request that asks for more than the queue holds is refused beforehand.
+All of it joins the queue. So a sample or a request that asks for more than the queue holds is refused beforehand.
 """
 
 from __future__ import annotations
@@ -10,45 +10,72 @@ from dataclasses import replace
 
 from densereward.capture import ScoringInput
 from densereward.errors import InvalidRequest, TooLarge
+from densereward.methods.base import Response
 from densereward.scoring.plans import Plan, boundaries_of
-from densereward.scoring.reencoding import apart, tokens_apart
-from densereward.tokenization.align import Aligned, Aligner
+from densereward.scoring.reencoding import count_prefix_tokens, split_prefixes
+from densereward.tokenization.align import Aligner
 from densereward_client.wire import Sample
 
-__all__ = ["check_further", "with_further"]
+__all__ = ["check_auxiliary", "closed_prefixes", "variants_of"]
 
 
-def with_further(
-    aligned: Aligned, sample: Sample, plans: Sequence[Plan], aligner: Aligner, *, reencodes: bool, limit: int
-) -> Aligned:
-    """An aligned sample with all that the methods need to be scored for it.
+def variants_of(
+    sample: Sample, sequence: ScoringInput, response: Response, plan: Plan, aligner: Aligner
+) -> list[ScoringInput]:
+    """The sequences that a method needs beside the sample's own: other responses, and other prompts.
+
+    Raises:
+        InvalidRequest: nothing would be left to score, or a prompt cannot take an instruction.
+        TooLong: more tokens than the model reads.
+    """
+    if not response.length:
+        return []
+    other_responses = plan.method.variants(response, plan.params)
+    variants = [sequence.with_response(ids, finished=response.finished) for ids in other_responses]
+    if not all(each.token_ids for each in variants):
+        raise InvalidRequest(
+            f"{plan.key} leaves out all of the response, and without a prompt or closing tokens nothing is left to "
+            "score; give a prompt",
+            code="empty_variant",
+        )
+    variants += [aligner.instructed(sample, sequence, each) for each in plan.method.instructions(plan.params)]
+    for each in variants:
+        aligner.check_length(each)
+    return variants
+
+
+def closed_prefixes(
+    sequence: ScoringInput, response: Response, plans: Sequence[Plan], *, reencodes: bool, limit: int
+) -> tuple[ScoringInput, list[ScoringInput]]:
+    """The sequence with the closed prefixes that its methods need, and those that are sequences of their own.
 
     Args:
-        aligned: the sample by itself.
-        sample: as it was sent.
+        sequence: the sample's own.
+        response: what is known of its response.
         plans: the request's methods.
-        aligner: what aligned it.
         reencodes: whether closed prefixes are sequences of their own to the engine.
         limit: tokens that the queue holds.
 
     Raises:
-        InvalidRequest: a method cannot serve the response, or would leave nothing to score.
-        TooLarge: the closed prefixes are more than the queue can hold.
+        TooLarge: they are more than the queue can hold.
     """
-    for each in plans:
-        each.method.check(aligned.response)
-    boundaries = boundaries_of(plans, aligned.response)
-    sequence = aligned.sequence if boundaries is None else replace(aligned.sequence, boundaries=boundaries)
-    variants = [_variants(sample, aligned, each, aligner) for each in plans]
+    boundaries = boundaries_of(plans, response)
+    if boundaries is not None:
+        sequence = replace(sequence, boundaries=boundaries)
     if not reencodes:
-        return replace(aligned, sequence=sequence, variants=variants)
-    _check_prefixes(tokens_apart(sequence), limit)
-    sequence, prefixes = apart(sequence)
-    return replace(aligned, sequence=sequence, variants=variants, prefixes=prefixes)
+        return sequence, []
+    if (tokens := count_prefix_tokens(sequence)) > limit:
+        raise TooLarge(
+            f"each closed prefix is a sequence of its own to this model: {tokens} tokens, and the queue holds "
+            f"{limit}; take a larger `stride`, or a shorter response",
+            tokens=tokens,
+            limit=limit,
+        )
+    return split_prefixes(sequence)
 
 
-def check_further(samples: int, tokens: int, limit: int) -> None:
-    """Refuse a request as soon as its variants are more than the queue can hold, before more of them are made.
+def check_auxiliary(samples: int, tokens: int, limit: int) -> None:
+    """Refuse a request as soon as its auxiliary sequences are more than the queue can hold, before more are made.
 
     Raises:
         TooLarge: they are.
@@ -57,35 +84,6 @@ def check_further(samples: int, tokens: int, limit: int) -> None:
         raise TooLarge(
             f"what is scored beside the first {samples} samples holds {tokens} tokens and the queue {limit}; send "
             "fewer samples at once, or take larger units or fewer orders",
-            tokens=tokens,
-            limit=limit,
-        )
-
-
-def _variants(sample: Sample, aligned: Aligned, plan: Plan, aligner: Aligner) -> list[ScoringInput]:
-    """What a method needs to be scored beside the response itself."""
-    response = aligned.response
-    asked = plan.method.variants(response, plan.params) if response.length else ()
-    variants = [aligned.sequence.with_response(ids, finished=response.finished) for ids in asked]
-    if not all(each.token_ids for each in variants):
-        raise InvalidRequest(
-            f"{plan.key} leaves out all of the response, and without a prompt or closing tokens nothing is left to "
-            "score; give a prompt",
-            code="empty_variant",
-        )
-    told = plan.method.instructions(plan.params) if response.length else ()
-    variants += [aligner.instructed(sample, aligned.sequence, each) for each in told]
-    for each in variants:
-        aligner.check_length(each)
-    return variants
-
-
-def _check_prefixes(tokens: int, limit: int) -> None:
-    """Refuse a sample whose prefixes are more than the queue can hold, before they are made."""
-    if tokens > limit:
-        raise TooLarge(
-            f"each closed prefix is a sequence of its own to this model: {tokens} tokens, and the queue holds "
-            f"{limit}; take a larger `stride`, or a shorter response",
             tokens=tokens,
             limit=limit,
         )

@@ -1,4 +1,4 @@
-"""Several models on the same samples: how their rewards meet on the same tokens, and their answers in one."""
+"""Several models on the same samples: their rewards on the same tokens, and their answers as one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from densereward.capture import Span
 from densereward.errors import DenseRewardError, InvalidRequest
 from densereward.scoring.pipeline import Pipeline, Samples, Scores, Work
-from densereward.tokenization.align import Aligned
+from densereward.scoring.preparation import Prepared
 from densereward_client.wire import Sample
 
 __all__ = ["all_scores", "merged", "on_the_same_tokens"]
@@ -20,21 +20,21 @@ _SUMMED = ("prompt_tokens", "response_tokens", "forward_tokens")
 
 
 def on_the_same_tokens(
-    samples: Samples, aligned: Sequence[Aligned | DenseRewardError], first: Pipeline, other: Pipeline
+    samples: Samples, prepared: Sequence[Prepared | DenseRewardError], first: Pipeline, other: Pipeline
 ) -> list[Sample | DenseRewardError]:
     """The samples for another model, its rewards wanted on the trainer's spans, or else on the first model's tokens.
 
     A sample that cannot be shared becomes the error that says why.
     """
-    return [_shared(*each, first, other) for each in zip(samples, aligned, strict=True)]
+    return [_shared(*each, first, other) for each in zip(samples, prepared, strict=True)]
 
 
 def _shared(
-    sample: Sample | DenseRewardError, aligned: Aligned | DenseRewardError, first: Pipeline, other: Pipeline
+    sample: Sample | DenseRewardError, prepared: Prepared | DenseRewardError, first: Pipeline, other: Pipeline
 ) -> Sample | DenseRewardError:
     if isinstance(sample, DenseRewardError):
         return copy(sample)  # each model writes the sample's place into its own
-    if isinstance(aligned, DenseRewardError):
+    if isinstance(prepared, DenseRewardError):
         return sample
     same = other.card.tokenizer_fingerprint == first.card.tokenizer_fingerprint
     if not same and (sample.prompt_token_ids is not None or sample.response_token_ids is not None):
@@ -45,11 +45,11 @@ def _shared(
         )
     if sample.response_spans is not None or sample.response is None:
         return sample
-    if aligned.spans is None:
+    if prepared.aligned.spans is None:
         return InvalidRequest(
             f"the bytes of {first.name}'s tokens cannot be known; give `response_spans`", code="no_spans"
         )
-    return sample.model_copy(update={"response_spans": _without_overlap(aligned.spans)})
+    return sample.model_copy(update={"response_spans": _without_overlap(prepared.aligned.spans)})
 
 
 def _without_overlap(spans: Sequence[Span]) -> list[Span]:

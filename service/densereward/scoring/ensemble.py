@@ -1,4 +1,4 @@
-"""Several reward models as one: each scores the same samples, and their rewards meet on the same trainer's tokens.
+"""Several reward models as one: each scores the same samples, and their rewards are added on the same tokens.
 
 With z_m = (R_m - mean_m) / deviation_m, or R_m itself where `normalize` is not given, the ensemble's reward is a
 weighted sum, and its token rewards and baseline are the models' own with the same weights, so that their sum is the
@@ -8,8 +8,8 @@ ensemble's reward exactly:
     min           the lowest z_m                    w_m = [m is the lowest]                 (WCO, arXiv 2310.02743)
     uncertainty   mean z_m - penalty * var z_m      w_m = (1 - penalty * (z_m - mean z)) / M   (UWO, same)
 
-var z = mean z_m (z_m - mean z), so the last row is an identity and no approximation. Models with other tokenizers meet
-on the trainer's `response_spans`, or where it sent none on the first model's tokens.
+var z = mean z_m (z_m - mean z), so the last row is an identity and no approximation. Models with different tokenizers
+share the trainer's `response_spans`, or the first model's tokens where the trainer sent none.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class EnsemblePipeline:
         first = self._members[0].prepare(asked, samples)
         works = [first]
         for member in self._members[1:]:
-            shared = on_the_same_tokens(samples, first.aligned, self._members[0], member)
+            shared = on_the_same_tokens(samples, first.prepared, self._members[0], member)
             works.append(member.prepare(asked, shared))
         return _Works(request, works)
 
@@ -181,7 +181,7 @@ class EnsemblePipeline:
         if given is None:
             return np.zeros(len(self._members)), np.ones(len(self._members))
         if given == "running":
-            pairs = [member.spread.measured() for member in self._members]
+            pairs = [member.running_deviation.measured() for member in self._members]
         else:
             pairs = [given[member.name] for member in self._members]
         return np.array([mean for mean, _ in pairs]), np.array([deviation for _, deviation in pairs])

@@ -17,12 +17,12 @@ import numpy as np
 from densereward.capture import LogProbabilities, Need
 from densereward.errors import DenseRewardError
 from densereward.methods.base import Credit, Params
-from densereward.scoring.answer import encoder, told
+from densereward.scoring.answer import encoder, method_details
 from densereward.scoring.combine import all_scores, merged, on_the_same_tokens
 from densereward.scoring.pipeline import Pipeline, Samples, Scores, Work
 from densereward.scoring.placement import place
 from densereward.scoring.plans import Plan
-from densereward.tokenization.align import Aligned
+from densereward.scoring.preparation import Prepared
 from densereward_client.wire import MethodAvailability, MethodRequest, ModelCard, RewardsRequest, TokenRewardsRequest
 
 __all__ = ["PairedPipeline", "card_beside"]
@@ -30,19 +30,19 @@ __all__ = ["PairedPipeline", "card_beside"]
 
 @dataclass(frozen=True, slots=True)
 class _Works:
-    """A request on its way through both.
+    """A request on its way through the reward model and the pair.
 
     Attributes:
         request: as it came.
         plans: all of its methods.
-        own: what the reward model does.
-        lent: what the pair does.
+        of_model: what the reward model does.
+        of_pair: what the pair does.
     """
 
     request: TokenRewardsRequest
     plans: Sequence[Plan]
-    own: Work
-    lent: Work
+    of_model: Work
+    of_pair: Work
 
 
 class PairedPipeline:
@@ -70,19 +70,18 @@ class PairedPipeline:
         if not isinstance(request, TokenRewardsRequest):
             raise TypeError("a pair has nothing to add to sequence rewards")
         plans = self._model.plan(request)
-        asked = dict(zip((plan.key for plan in plans), request.method_requests(""), strict=True))
-        own = [asked[plan.key] for plan in plans if not plan.method.by_pair]
-        lent = [_without_common(asked[plan.key]) for plan in plans if plan.method.by_pair]
-        mine = self._model.prepare(request.model_copy(update={"methods": own}), samples)
+        requests = dict(zip((plan.key for plan in plans), request.method_requests(""), strict=True))
+        of_model = [requests[plan.key] for plan in plans if not plan.method.by_pair]
+        of_pair = [_without_common(requests[plan.key]) for plan in plans if plan.method.by_pair]
+        model_work = self._model.prepare(request.model_copy(update={"methods": of_model}), samples)
         shared = [
             sample if isinstance(sample, DenseRewardError) else sample.model_copy(update={"response_mask": None})
-            for sample in on_the_same_tokens(samples, mine.aligned, self._model, self._pair)
+            for sample in on_the_same_tokens(samples, model_work.prepared, self._model, self._pair)
         ]
-        plain = {"methods": lent, "include": [], "encoding_format": "float"}
-        theirs = self._pair.prepare(request.model_copy(update=plain), shared)
-        return _Works(
-            request, plans, mine, replace(theirs, aligned=[_rewardless(each) for each in theirs.aligned], counted=False)
-        )
+        plain = {"methods": of_pair, "include": [], "encoding_format": "float"}
+        pair_work = self._pair.prepare(request.model_copy(update=plain), shared)
+        without_reward = [_without_reward(each) for each in pair_work.prepared]
+        return _Works(request, plans, model_work, replace(pair_work, prepared=without_reward, counted=False))
 
     async def score(self, work: _Works) -> list[Scores]:
         """Both models' scores, at once.
@@ -90,7 +89,7 @@ class PairedPipeline:
         Raises:
             DenseRewardError: what could not be served, and what to do next.
         """
-        return await all_scores([self._model, self._pair], [work.own, work.lent])
+        return await all_scores([self._model, self._pair], [work.of_model, work.of_pair])
 
     def answer(self, work: _Works, scores: Sequence[Scores]) -> dict[str, Any]:
         """All that comes after the engines. Blocks; for a thread.
@@ -98,60 +97,60 @@ class PairedPipeline:
         Raises:
             DenseRewardError: what could not be served, and what to do next.
         """
-        answers = [self._model.answer(work.own, scores[0]), self._pair.answer(work.lent, scores[1])]
+        answers = [self._model.answer(work.of_model, scores[0]), self._pair.answer(work.of_pair, scores[1])]
         served = any("error" not in item for item in answers[0]["data"])
         plans = [replace(plan, params=self._settled(plan.params)) for plan in work.plans] if served else work.plans
         items = [
             self._item(work, plans, *each)
-            for each in zip(work.own.aligned, *(answer["data"] for answer in answers), strict=True)
+            for each in zip(work.of_model.prepared, *(answer["data"] for answer in answers), strict=True)
         ]
         return merged(answers) | {"data": items, "fingerprint": self.fingerprint}
 
     def _settled(self, params: Params) -> Params:
-        """The spread is that of the reward model's rewards, which its own answer has counted."""
+        """The running deviation is that of the reward model's rewards, which its own answer has counted."""
         if params.normalize != "running":
             return params
-        return params.model_copy(update={"normalize": self._model.spread.measured()[1]})
+        return params.model_copy(update={"normalize": self._model.running_deviation.measured()[1]})
 
     def _item(
         self,
         work: _Works,
         plans: Sequence[Plan],
-        aligned: Aligned | DenseRewardError,
+        prepared: Prepared | DenseRewardError,
         own: dict[str, Any],
-        lent: dict[str, Any],
+        of_pair: dict[str, Any],
     ) -> dict[str, Any]:
         """One sample's rewards by all methods, in the order they were asked for."""
-        if failed := next((each for each in (own, lent) if "error" in each), None):
+        if failed := next((each for each in (own, of_pair) if "error" in each), None):
             return failed
-        if isinstance(aligned, DenseRewardError):
-            raise TypeError("a sample was scored and never aligned")
+        if isinstance(prepared, DenseRewardError):
+            raise TypeError("a sample was scored and never prepared")
         encode = encoder(work.request.encoding_format)
         token_rewards, baseline = {}, {}
-        item = own | {"warnings": list(dict.fromkeys([*own["warnings"], *lent["warnings"]]))}
+        item = own | {"warnings": list(dict.fromkeys([*own["warnings"], *of_pair["warnings"]]))}
         for plan in plans:
             if not plan.method.by_pair:
                 token_rewards[plan.key], baseline[plan.key] = own["token_rewards"][plan.key], own["baseline"][plan.key]
                 continue
-            values = lent["token_rewards"][plan.key]
+            values = of_pair["token_rewards"][plan.key]
             # Of an empty response the pair has nothing to say; what it answered is its own reward.
-            values = values if aligned.sequence.response_length else np.zeros_like(values)
+            values = values if prepared.sequence.response_length else np.zeros_like(values)
             credit = _with_reward(values, own["reward"])
-            placed = place(credit, own["reward"], plan.params, aligned.slots, None)
+            placed = place(credit, own["reward"], plan.params, prepared.slots, None)
             token_rewards[plan.key], baseline[plan.key] = encode(placed.rewards), placed.baseline
-            for name, value in told(plan, credit, placed).items():
+            for name, value in method_details(plan, credit, placed).items():
                 item[name] = item.get(name, {}) | {plan.key: value}
-            if passes := lent.get("passes", {}).get(plan.key):
+            if passes := of_pair.get("passes", {}).get(plan.key):
                 item["passes"] = item.get("passes", {}) | {plan.key: passes}
         return item | {"token_rewards": token_rewards, "baseline": baseline}
 
 
-def _rewardless(aligned: Aligned | DenseRewardError) -> Aligned | DenseRewardError:
-    """A sample of which the pair's own reward is not needed, if that leaves its reference out."""
-    if isinstance(aligned, DenseRewardError) or aligned.sequence.needs != {LogProbabilities()}:
-        return aligned
+def _without_reward(prepared: Prepared | DenseRewardError) -> Prepared | DenseRewardError:
+    """The sample without the pair's own reward, where that spares a pass of the reference."""
+    if isinstance(prepared, DenseRewardError) or prepared.sequence.needs != {LogProbabilities()}:
+        return prepared
     needs: frozenset[Need] = frozenset([LogProbabilities(alone=True)])
-    return replace(aligned, sequence=replace(aligned.sequence, needs=needs))
+    return replace(prepared, sequence=replace(prepared.sequence, needs=needs))
 
 
 def _with_reward(values: np.ndarray, reward: float) -> Credit:
@@ -169,7 +168,7 @@ def _without_common(asked: MethodRequest) -> MethodRequest:
 
 def card_beside(card: ModelCard, pair: ModelCard) -> ModelCard:
     """A reward model's card, with the methods that the pair beside it gives."""
-    lent: dict[str, MethodAvailability] = {
+    of_pair: dict[str, MethodAvailability] = {
         name: method for name, method in pair.methods.items() if method.available and not card.methods[name].available
     }
-    return card.model_copy(update={"methods": card.methods | lent})
+    return card.model_copy(update={"methods": card.methods | of_pair})

@@ -1,13 +1,14 @@
-"""Read this first: what happens to a request.
+"""Read this first: what happens to a request, room by room.
 
-    plan       its methods are read, and what they need of the forward pass                (plans.py)
-    align      each sample becomes ids, with the response's place and the closing tokens   (align.py)
-    further    what its methods want scored beside it: variants, closed prefixes           (further.py)
-    batch      sequences of all callers wait together for the engine                       (batcher.py)
-    engine     one forward pass keeps the scores and attention rows that were asked for    (engines/, heads/)
-    method     each method turns them into rewards on the model's tokens                   (methods/)
-    place      the rewards move to the trainer's own tokens                                (slots.py)
-    answer     all of it in the shape of densereward_client.wire                           (answer.py)
+    server         bytes become a request, and its samples are read one by one               (server/routes)
+    plan           its methods are read, and what they need of the forward pass               (scoring/plans)
+    tokenization   each sample becomes ids: read, framed, closed                              (tokenization/align)
+    auxiliary      sequences that its methods want scored beside it                           (scoring/auxiliary)
+    scheduling     sequences of all callers wait in one queue and run in batches              (scheduling/batcher)
+    engine         one forward pass keeps the scores and attention rows that were asked for   (engines, heads)
+    method         each method turns them into rewards on the model's tokens                  (methods)
+    placement      the rewards move to the trainer's own tokens                               (scoring/placement)
+    answer         all of it in the shape of densereward_client.wire                          (scoring/answer)
 
 One `Pipeline` is one loaded model. `prepare` is what comes before the wait for the engine, `answer` what comes after
 it; both run in threads, off the event loop.
@@ -16,27 +17,25 @@ it; both run in threads, off the event loop.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
-
-import numpy as np
 
 from densereward.capture import Captured, Need
 from densereward.engines.base import TOLERANCE, Engine
 from densereward.errors import DenseRewardError, EngineFailure
 from densereward.metrics import Metrics
-from densereward.scheduling.batcher import Batcher, Scored
+from densereward.scheduling.batcher import Batcher
 from densereward.scoring.answer import envelope, error_item, reward_item, token_rewards_item
-from densereward.scoring.auxiliary import check_further, with_further
+from densereward.scoring.auxiliary import check_auxiliary
 from densereward.scoring.model_card import card_of, fingerprint_of
+from densereward.scoring.outcome import Outcome, checked_finite, take_outcome
 from densereward.scoring.plans import Plan, needs_of, plan
-from densereward.scoring.reencoding import together
-from densereward.scoring.running_deviation import Spread
-from densereward.tokenization.align import Aligned, Aligner
+from densereward.scoring.preparation import Prepared, prepare
+from densereward.scoring.running_deviation import RunningDeviation
+from densereward.tokenization.align import Aligner
 from densereward_client.wire import Message, RewardsRequest, Sample, TokenRewardsRequest
 
 __all__ = ["Pipeline", "Samples", "Scorer", "Scores", "Work", "answer_to"]
@@ -67,14 +66,6 @@ class Scorer(Protocol):
         """All that comes after it. Blocks; for a thread."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the engine gave for a sample: its own pass, and per method what its variants gave."""
-
-    scored: Scored
-    variants: Sequence[Sequence[Captured]]
-
-
 Scores = Sequence[Outcome | DenseRewardError]
 """What the engine gave for each sample; an error stands where one could not be scored."""
 
@@ -85,15 +76,15 @@ class Work:
 
     Attributes:
         plans: its methods; none for sequence rewards.
-        aligned: its samples, ready for the engine, or the error that stands for one.
+        prepared: its samples, ready for the engine, or the error that stands for one.
         started: when it began, by time.perf_counter.
-        counted: whether its rewards are some of those whose spread is measured.
+        counted: whether its rewards count towards the model's running deviation.
     """
 
     request: RewardsRequest
     samples: Samples
     plans: Sequence[Plan]
-    aligned: Sequence[Aligned | DenseRewardError]
+    prepared: Sequence[Prepared | DenseRewardError]
     started: float
     counted: bool = True
 
@@ -128,7 +119,7 @@ class Pipeline:
         self._aligner = aligner
         self._batcher = batcher
         self._metrics = metrics
-        self.spread = Spread(TOLERANCE[engine.facts.dtype])
+        self.running_deviation = RunningDeviation(TOLERANCE[engine.facts.dtype])
         self.card = card_of(name, engine, aligner)
         self.fingerprint = fingerprint_of(self.card, engine, aligner)
         self.closing_text = self.card.closing_text
@@ -150,7 +141,7 @@ class Pipeline:
         if isinstance(request, TokenRewardsRequest):
             plans = self.plan(request)
             needs = needs_of(plans, request, self._engine)
-        return Work(request, samples, plans, self._align(request, samples, plans, needs), started)
+        return Work(request, samples, plans, self._prepared(request, samples, plans, needs), started)
 
     def plan(self, request: TokenRewardsRequest) -> list[Plan]:
         """The request's methods, as this model would run them.
@@ -160,33 +151,23 @@ class Pipeline:
         """
         return plan(request, self._engine)
 
-    def whole(self, given: str | Sequence[int] | Sequence[Message], *, special_tokens: bool) -> Sample:
-        """What holds prompt and response already, as a sample; see `Aligner.whole`.
+    def preassembled(self, given: str | Sequence[int] | Sequence[Message], *, special_tokens: bool) -> Sample:
+        """What holds prompt and response already, as a sample; see `Aligner.preassembled`.
 
         Raises:
             InvalidRequest: the model must know where the response begins, or reads no dialogues.
         """
-        return self._aligner.whole(given, special_tokens=special_tokens)
+        return self._aligner.preassembled(given, special_tokens=special_tokens)
 
     async def score(self, work: Work) -> Scores:
-        """Run what could be aligned; errors keep their places.
+        """Run what could be prepared; errors keep their places.
 
         Raises:
             DenseRewardError: what could not be served, and what to do next.
         """
-        asked = [[each.sequence, *each.further] for each in work.aligned if isinstance(each, Aligned)]
-        results = iter(await self._batcher.score(list(chain(*asked)), work.request.priority))
-        return [
-            _outcome(
-                next(results),
-                [list(islice(results, len(variants))) for variants in part.variants],
-                list(islice(results, len(part.prefixes))),
-                part.sequence.boundaries,
-            )
-            if isinstance(part, Aligned)
-            else part
-            for part in work.aligned
-        ]
+        sequences = [[each.sequence, *each.auxiliary] for each in work.prepared if isinstance(each, Prepared)]
+        results = iter(await self._batcher.score(list(chain(*sequences)), work.request.priority))
+        return [take_outcome(each, results) if isinstance(each, Prepared) else each for each in work.prepared]
 
     def answer(self, work: Work, scores: Scores) -> dict[str, Any]:
         """All that comes after the engine. Blocks; for a thread.
@@ -198,13 +179,14 @@ class Pipeline:
         served = [each.scored for each in scored if isinstance(each, Outcome)]
         captured = [each.captured for each in served]
         if work.counted:
-            self.spread.add([each.reward for each in captured])
+            self.running_deviation.add([each.reward for each in captured])
         work = replace(work, plans=self._settled(work.plans, captured))
         items = [self._item(work, index, result) for index, result in enumerate(scored)]
         kind = "token_rewards" if isinstance(work.request, TokenRewardsRequest) else "rewards"
-        sequences = [each.sequence for each in work.aligned if isinstance(each, Aligned)]
-        variants = [each for part in work.aligned if isinstance(part, Aligned) for each in part.further]
-        answer = envelope(kind, items, sequences, variants, served, work.started)
+        prepared = [each for each in work.prepared if isinstance(each, Prepared)]
+        sequences = [each.sequence for each in prepared]
+        auxiliary = list(chain(*(each.auxiliary for each in prepared)))
+        answer = envelope(kind, items, sequences, auxiliary, served, work.started)
         self._metrics.scored(self.name, len(served), answer["usage"]["forward_tokens"])
         return answer | {"model": self.name, "fingerprint": self.fingerprint}
 
@@ -214,55 +196,61 @@ class Pipeline:
         for each in plans:
             params = each.method.settle(captured, each.params)
             if params.normalize == "running" and captured:
-                params = params.model_copy(update={"normalize": self.spread.measured()[1]})
+                params = params.model_copy(update={"normalize": self.running_deviation.measured()[1]})
             settled.append(replace(each, params=params))
         return settled
 
-    def _align(
+    def _prepared(
         self, request: RewardsRequest, samples: Samples, plans: Sequence[Plan], needs: frozenset[Need]
-    ) -> list[Aligned | DenseRewardError]:
-        aligned: list[Aligned | DenseRewardError] = []
+    ) -> list[Prepared | DenseRewardError]:
+        prepared: list[Prepared | DenseRewardError] = []
         tokens = 0
+        limit = self._batcher.max_queue_tokens
         for index, sample in enumerate(samples):
             try:
-                part = self._align_one(sample, plans, needs, truncate=request.truncate is not None)
+                each = self._prepare_one(sample, plans, needs, truncate=request.truncate is not None)
             except DenseRewardError as error:
-                aligned.append(_in_its_place(error, index, sample, request))
+                prepared.append(_in_its_place(error, index, sample, request))
                 continue
-            aligned.append(part)
-            tokens += sum(each.forward_tokens for each in part.further)
-            check_further(index + 1, tokens, self._batcher.max_queue_tokens)
-        return aligned
+            prepared.append(each)
+            tokens += sum(sequence.forward_tokens for sequence in each.auxiliary)
+            check_auxiliary(index + 1, tokens, limit)
+        return prepared
 
-    def _align_one(
+    def _prepare_one(
         self, sample: Sample | DenseRewardError, plans: Sequence[Plan], needs: frozenset[Need], *, truncate: bool
-    ) -> Aligned:
+    ) -> Prepared:
         if isinstance(sample, DenseRewardError):
             raise sample
-        aligned = self._aligner.align(sample, needs, truncate=truncate)
-        limit = self._batcher.max_queue_tokens
-        reencodes = self._engine.facts.reencodes
-        return with_further(aligned, sample, plans, self._aligner, reencodes=reencodes, limit=limit)
+        return prepare(
+            sample,
+            plans,
+            needs,
+            self._aligner,
+            truncate=truncate,
+            reencodes=self._engine.facts.reencodes,
+            limit=self._batcher.max_queue_tokens,
+        )
 
     def _checked(self, work: Work, index: int, result: Outcome | DenseRewardError) -> Outcome | DenseRewardError:
-        result = _finite(result)
+        result = checked_finite(result)
         if isinstance(result, EngineFailure):
             return _in_its_place(result, index, work.samples[index], work.request)
         return result
 
     def _item(self, work: Work, index: int, result: Outcome | DenseRewardError) -> dict[str, Any]:
-        sample, part = work.samples[index], work.aligned[index]
+        sample, prepared = work.samples[index], work.prepared[index]
         if isinstance(result, DenseRewardError):
             return error_item(index, result)
-        if not (isinstance(sample, Sample) and isinstance(part, Aligned)):
-            raise TypeError(f"sample {index} was scored and never aligned")
+        if not (isinstance(sample, Sample) and isinstance(prepared, Prepared)):
+            raise TypeError(f"sample {index} was scored and never prepared")
         if not isinstance(work.request, TokenRewardsRequest):
-            return reward_item(index, sample, part, result.scored.captured)
+            return reward_item(index, sample, prepared, result.scored.captured)
         try:
             return token_rewards_item(
                 index,
                 sample,
-                part,
+                prepared,
                 result.scored.captured,
                 variants=result.variants,
                 plans=work.plans,
@@ -271,38 +259,6 @@ class Pipeline:
             )
         except EngineFailure as error:
             return error_item(index, _in_its_place(error, index, sample, work.request))
-
-
-def _outcome(
-    own: Scored | EngineFailure,
-    variants: Sequence[Sequence[Scored | EngineFailure]],
-    prefixes: Sequence[Scored | EngineFailure],
-    boundaries: Sequence[int] | None,
-) -> Outcome | EngineFailure:
-    """The results of a sample, its variants and prefixes; the first failure stands for all of it."""
-    if isinstance(own, EngineFailure):
-        return own
-    if failure := next((each for each in prefixes if isinstance(each, EngineFailure)), None):
-        return failure
-    closed = [each.captured for each in prefixes if isinstance(each, Scored)]
-    own = replace(own, captured=together(own.captured, closed, boundaries))
-    captured = []
-    for each in variants:
-        if failure := next((result for result in each if isinstance(result, EngineFailure)), None):
-            return failure
-        captured.append([result.captured for result in each if isinstance(result, Scored)])
-    return Outcome(own, captured)
-
-
-def _finite(result: Outcome | DenseRewardError) -> Outcome | DenseRewardError:
-    """A capture that holds a number that is not finite is a failure."""
-    if isinstance(result, DenseRewardError):
-        return result
-    captured = [result.scored.captured, *chain(*result.variants)]
-    arrays = (array for each in captured for array in each.arrays)
-    if all(math.isfinite(each.reward) for each in captured) and all(np.isfinite(array).all() for array in arrays):
-        return result
-    return EngineFailure("the model gave a number that is not finite", code="not_finite")
 
 
 def _in_its_place(

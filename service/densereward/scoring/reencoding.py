@@ -9,13 +9,13 @@ import numpy as np
 
 from densereward.capture import Captured, Prefixes, PrefixScores, ScoringInput
 
-__all__ = ["apart", "together", "tokens_apart"]
+__all__ = ["count_prefix_tokens", "join_prefixes", "split_prefixes"]
 
 _CLOSED = PrefixScores("closed")
 
 
-def apart(sequence: ScoringInput) -> tuple[ScoringInput, list[ScoringInput]]:
-    """The sequence without its closed prefixes, and these: each a response that ended there, the empty one first.
+def split_prefixes(sequence: ScoringInput) -> tuple[ScoringInput, list[ScoringInput]]:
+    """The sequence without its closed prefixes, and these: each a response that ends there, the empty one first.
 
     A prefix without any token, before an empty prompt that nothing closes, is left out.
     """
@@ -24,14 +24,14 @@ def apart(sequence: ScoringInput) -> tuple[ScoringInput, list[ScoringInput]]:
     return replace(sequence, needs=sequence.needs - {_CLOSED}), [each for each in prefixes if each.token_ids]
 
 
-def tokens_apart(sequence: ScoringInput) -> int:
+def count_prefix_tokens(sequence: ScoringInput) -> int:
     """Tokens of all the closed prefixes as sequences of their own."""
     lengths = sequence.closed_prefixes
     return len(lengths) * (sequence.prompt_length + len(sequence.closing_ids)) + sum(lengths)
 
 
-def together(captured: Captured, prefixes: Sequence[Captured], boundaries: Sequence[int] | None) -> Captured:
-    """What a sequence gave, with what its closed prefixes did."""
+def join_prefixes(captured: Captured, prefixes: Sequence[Captured], boundaries: Sequence[int] | None) -> Captured:
+    """What the engine gave for a sequence, with the scores of its closed prefixes."""
     if not prefixes:
         return captured
     scores = np.array([each.reward for each in prefixes], dtype=np.float32)

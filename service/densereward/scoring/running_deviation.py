@@ -1,4 +1,4 @@
-"""How far a model's sequence rewards spread, over all that it gave so far."""
+"""The running mean and standard deviation of a model's sequence rewards, for `normalize: "running"`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from threading import Lock
 
 from densereward.errors import InvalidRequest
 
-__all__ = ["Spread"]
+__all__ = ["RunningDeviation"]
 
 
 _FEWEST = 16
-"""Rewards before their spread says anything."""
+"""Rewards before their deviation says anything."""
 
 
-class Spread:
+class RunningDeviation:
     """A running standard deviation (Welford's recurrence, so that no sum of squares loses digits). For any thread.
 
     Args:
-        noise: how far a reward may move by rounding, relative to its size; a spread within that is none.
+        noise: how far a reward may move by rounding, relative to its size; a deviation within that counts as zero.
     """
 
     def __init__(self, noise: float) -> None:

@@ -1,25 +1,23 @@
-"""From a sample as a trainer sends it to ids, the response's place in them, the closing tokens and the slots.
+"""From a sample as a trainer sends it to one sequence of ids for the engine, in one straight trip.
 
-Which position is scored comes from lengths held here, never from searching a pad or end token in the ids.
+    read      prompt and response become ids, and the response's byte spans are kept           (texts, steps)
+    frame     the prompt gets what stands before the response: BOS, separators of a pair       (frame)
+    close     the closing tokens follow; which positions are scored is counted, never searched (frame)
+    check     the length, and every id
+
+The chat template is applied in `texts`, which renders messages with `chat_template`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
 from typing import Any
-
-import numpy as np
 
 from densereward.capture import Need, ScoringInput, Span, Steps
 from densereward.errors import InvalidRequest, ModelError, TooLong
-from densereward.methods.base import Response
-from densereward.methods.boundaries import Cuts
-from densereward.scoring.placement import Slots, slots_of
 from densereward.tokenization.frame import Frame
-from densereward.tokenization.preassembled import WholeReader
+from densereward.tokenization.preassembled import PreassembledReader
 from densereward.tokenization.steps import StepWriter
 from densereward.tokenization.texts import Text, TextReader
 from densereward.tokenization.vocabulary import Vocabulary
@@ -30,32 +28,27 @@ __all__ = ["Aligned", "Aligner"]
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
-    """One sample, ready for the engine.
+    """One sample as ids.
 
     Attributes:
+        sample: as it was read. For a model that judges steps the response is text, and its ids became spans.
         sequence: what the engine scores.
-        slots: where the rewards go.
-        response: what methods may know of the response.
-        spans: [start, end) of the reward model's tokens in the response's bytes; None where they cannot be known.
+        response_ids: T of them.
+        spans: [start, end) of the response's ids in its UTF-8 bytes; None where they cannot be known.
+        steps: response tokens before the end of each step, for a model that judges steps, or single tokens.
+        finished: whether closing tokens follow the response.
         warnings: `code: message` each.
-        variants: per method of the request, what else it needs to be scored.
-        prefixes: closed prefixes that are sequences of their own.
         dropped: tokens that the prompt lost at its beginning.
     """
 
+    sample: Sample
     sequence: ScoringInput
-    slots: Slots
-    response: Response
+    response_ids: Sequence[int]
     spans: list[Span] | None
+    steps: Sequence[int]
+    finished: bool
     warnings: list[str]
-    variants: Sequence[Sequence[ScoringInput]] = ()
-    prefixes: Sequence[ScoringInput] = ()
     dropped: int = 0
-
-    @property
-    def further(self) -> list[ScoringInput]:
-        """All that is scored beside the sequence: variants, method by method, and then the prefixes."""
-        return [*chain(*self.variants), *self.prefixes]
 
 
 class Aligner:
@@ -108,15 +101,13 @@ class Aligner:
         self._vocabulary_size = vocabulary_size
         self._needs_prompt = needs_prompt
         self._unit = unit
-        blank = self.vocabulary.encode(" ").ids
-        self._blank_id = blank[0] if len(blank) == 1 else None
         self._check_tokens(tokens or {})
         self._steps = None
         if steps is not None:
             closing_ids = self._frame.template_closing_ids
             self._steps = StepWriter(self.vocabulary, steps, closing_ids, vocabulary_size)
-        self._texts = TextReader(self.vocabulary, self._frame, self._steps)
-        self._wholes = WholeReader(self.vocabulary, self._frame, unit, needs_prompt=needs_prompt)
+        self._texts = TextReader(self.vocabulary, self.template, self._steps, reads_pairs=reads_pairs)
+        self._preassembled = PreassembledReader(self.vocabulary, self._frame, unit, needs_prompt=needs_prompt)
 
     def _check_tokens(self, tokens: Mapping[str, int]) -> None:
         for token, expected in tokens.items():
@@ -150,61 +141,37 @@ class Aligner:
             InvalidRequest: a field, a length or an id that cannot be served.
             TooLong: more tokens than the model reads.
         """
+        self._check_ids(sample.prompt_token_ids or [])
+        self._check_ids(sample.response_token_ids or [])
         if self._steps is not None:
-            self._check_vocabulary(sample.response_token_ids or [])
             sample = self._steps.as_text(sample)
-        text = self._read(sample)
-        sequence = self._sequence(sample, text, needs)
-        dropped = self._shortened(text, sequence.longest - self.max_length) if truncate else 0
+        text = self._opened(sample)
+        sequence = self._closed(sample, text, needs)
+        dropped = self._frame.shorten(text, sequence.longest - self.max_length) if truncate else 0
         if dropped:
-            sequence = self._sequence(sample, text, needs)
-        if self._needs_prompt and not sequence.prompt_length:
-            raise InvalidRequest(
-                "a language model gives the first token of all no probability; give a prompt", code="empty_prompt"
-            )
-        if self._unit == "token" and not text.steps:
-            raise InvalidRequest("this model scores tokens, and the response holds none", code="empty_response")
+            sequence = self._closed(sample, text, needs)
+        self._check_parts(sequence)
         self.check_length(sequence)
-        slots = slots_of(sample, len(text.response_ids))
-        response = self._response(sample, text, slots)
-        return Aligned(sequence, slots, response, text.spans, text.warnings, dropped=dropped)
+        finished = sample.finished or self._frame.closes_all
+        return Aligned(
+            sample, sequence, text.response_ids, text.spans, text.steps, finished, text.warnings, dropped=dropped
+        )
 
-    def _read(self, sample: Sample) -> Text:
-        self._check_vocabulary(sample.prompt_token_ids or [])
-        self._check_vocabulary(sample.response_token_ids or [])
+    def _opened(self, sample: Sample) -> Text:
+        """Prompt and response as ids, with all that stands before the response and nothing that closes it."""
         text = self._texts.read(sample)
         if self._unit == "token":
             text.steps = range(1, len(text.response_ids) + 1)
+        self._frame.open(sample, text)
         return text
 
-    def _sequence(self, sample: Sample, text: Text, needs: frozenset[Need]) -> ScoringInput:
-        closing = self._frame.closing_behind(text.response_ids, finished=sample.finished)
-        token_ids = [*text.prompt_ids, *text.response_ids, *closing]
-        self._check_vocabulary(token_ids)
-        return ScoringInput(
-            token_ids=token_ids,
-            prompt_length=len(text.prompt_ids),
-            response_length=len(text.response_ids),
-            scored_position=len(token_ids) - 1,
-            closing_ids=self.closing_ids,
-            needs=needs,
-            steps=[len(text.prompt_ids) + stop - 1 for stop in text.steps],
-            gate=self._frame.gate_in(text.prompt_ids),
-            ending=self._frame.ending,
-            least_closing=self._frame.least_closing,
-        )
+    def _closed(self, sample: Sample, text: Text, needs: frozenset[Need]) -> ScoringInput:
+        """The sequence, closing tokens included."""
+        sequence = self._frame.close(text, needs, finished=sample.finished)
+        self._check_ids(sequence.token_ids)
+        return sequence
 
-    def _shortened(self, text: Text, beyond: int) -> int:
-        """Take the tokens that are too many from the prompt's beginning, if it has as many; how many those were."""
-        kept, between = self._frame.kept_of(text.prompt_ids), self._frame.between
-        if not 0 < beyond < len(text.prompt_ids) - kept - len(between or ()):
-            return 0
-        del text.prompt_ids[kept : kept + beyond]
-        what = "" if not kept else " after the BOS" if between is None else " after what begins a pair"
-        text.warnings.append(f"truncated: the prompt lost its first {beyond} tokens{what}")
-        return beyond
-
-    def whole(self, given: str | Sequence[int] | Sequence[Message], *, special_tokens: bool) -> Sample:
+    def preassembled(self, given: str | Sequence[int] | Sequence[Message], *, special_tokens: bool) -> Sample:
         """A text, ids or a dialogue that hold the response already, to be scored at their last token as they stand.
 
         With `special_tokens`, what the tokenizer itself writes round a text is written where it is not there yet; ids
@@ -213,7 +180,7 @@ class Aligner:
         Raises:
             InvalidRequest: the model must know where the response begins, or reads no dialogues.
         """
-        return self._wholes.read(given, special_tokens=special_tokens)
+        return self._preassembled.read(given, special_tokens=special_tokens)
 
     def instructed(self, sample: Sample, sequence: ScoringInput, instruction: str) -> ScoringInput:
         """An aligned sample whose prompt begins with an instruction.
@@ -221,26 +188,16 @@ class Aligner:
         Raises:
             InvalidRequest: there is no telling where in the prompt the instruction would go.
         """
-        sample = self._frame.instructed(sample, instruction)
-        return sequence.with_prompt(self._read(sample).prompt_ids)
+        return sequence.with_prompt(self._opened(self._frame.instructed(sample, instruction)).prompt_ids)
 
-    def _response(self, sample: Sample, text: Text, slots: Slots) -> Response:
-        cuts = None
-        if text.spans is not None:
-            written = sample.response
-            read = partial(self.vocabulary.bytes_of, text.response_ids) if written is None else written.encode
-            cuts = Cuts(read, text.spans, slots.spans)
-        return Response(
-            length=len(text.response_ids),
-            count=slots.count,
-            ids=text.response_ids,
-            blank_id=self._blank_id,
-            weights=None if sample.weights is None else np.asarray(sample.weights, dtype=np.float64),
-            entropies=None if sample.token_entropies is None else np.asarray(sample.token_entropies, dtype=np.float64),
-            finished=sample.finished or self._frame.closes_all,
-            cuts=cuts,
-            steps=text.steps,
-        )
+    def _check_parts(self, sequence: ScoringInput) -> None:
+        """Refuse a missing prompt or response where the model needs one."""
+        if self._needs_prompt and not sequence.prompt_length:
+            raise InvalidRequest(
+                "a language model gives the first token of all no probability; give a prompt", code="empty_prompt"
+            )
+        if self._unit == "token" and not sequence.steps:
+            raise InvalidRequest("this model scores tokens, and the response holds none", code="empty_response")
 
     def check_length(self, sequence: ScoringInput) -> None:
         """Refuse what cannot be scored.
@@ -252,15 +209,15 @@ class Aligner:
         if not sequence.token_ids:
             raise InvalidRequest("prompt and response hold no token, so there is nothing to score", code="empty_sample")
         if sequence.longest > self.max_length:
-            ones = "closing ones" if self._steps is None else "separators"
+            included = "closing tokens" if self._steps is None else "separators"
             raise TooLong(
-                f"{sequence.longest} tokens with the {ones}, and the model reads {self.max_length}; shorten the "
+                f"{sequence.longest} tokens with the {included}, and the model reads {self.max_length}; shorten the "
                 "prompt or the response (nothing is truncated here)",
                 tokens=sequence.longest,
                 limit=self.max_length,
             )
 
-    def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
         lowest, highest = min(token_ids, default=0), max(token_ids, default=0)
         if lowest < 0 or highest >= self._vocabulary_size:
             raise InvalidRequest(

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from densereward.capture import Steps, missing_closing
+from densereward.capture import Need, ScoringInput, Steps, missing_closing
 from densereward.errors import InvalidRequest, ModelError
 from densereward.tokenization.chat_template import ChatTemplate
+from densereward.tokenization.texts import Text
 from densereward.tokenization.vocabulary import Vocabulary
 from densereward_client.wire import Sample
 
@@ -75,6 +76,7 @@ class Frame:
         special = (i for i, token in enumerate(self.template_closing_ids) if vocabulary.is_added(token))
         self.least_closing = 1 + next(special, len(self.template_closing_ids) - 1)
         self.closing_ids = self.template_closing_ids if unit == "sequence" else []
+        self._judges_steps = steps is not None
         # TRL's PRMTrainer, whose separator is what it cuts at, writes a BOS wherever there is one.
         self._always_bos = steps is not None and steps.separator == steps.cut and vocabulary.bos_id is not None
 
@@ -96,32 +98,65 @@ class Frame:
         """Whether a response that was cut by length is closed as any other."""
         return self.ending == self.closing_ids != []
 
-    def dialogues(self, instead: str = "`prompt` or `prompt_token_ids`") -> ChatTemplate:
-        """The template.
+    def open(self, sample: Sample, text: Text) -> None:
+        """Write what stands before the response, and note what a trainer should know about the two parts.
 
         Raises:
-            InvalidRequest: the model reads no dialogues; the message says what to give instead.
+            InvalidRequest: a prompt that was sent as ids lacks it.
         """
-        if self.template is None:
-            raise InvalidRequest(
-                f"this model has no chat template: give {instead}",
-                code="no_chat_template",
-                field="messages",
-            )
-        return self.template
+        if sample.prompt_token_ids is None:
+            text.prompt_ids = [*self._with_bos(sample, text.prompt_ids), *(self.between or ())]
+        else:
+            self._check_prompt(text.prompt_ids)
+        text.warnings.extend(self._notices(sample, text.prompt_ids))
 
-    def with_bos(self, sample: Sample, ids: list[int]) -> list[int]:
+    def close(self, text: Text, needs: frozenset[Need], *, finished: bool) -> ScoringInput:
+        """The whole sequence: prompt, response and closing tokens, with the positions that are scored.
+
+        Raises:
+            InvalidRequest: the prompt does not end as the model needs it.
+        """
+        closing = self.closing_behind(text.response_ids, finished=finished)
+        token_ids = [*text.prompt_ids, *text.response_ids, *closing]
+        return ScoringInput(
+            token_ids=token_ids,
+            prompt_length=len(text.prompt_ids),
+            response_length=len(text.response_ids),
+            scored_position=len(token_ids) - 1,
+            closing_ids=self.closing_ids,
+            needs=needs,
+            steps=[len(text.prompt_ids) + stop - 1 for stop in text.steps],
+            gate=self._gate_in(text.prompt_ids),
+            ending=self.ending,
+            least_closing=self.least_closing,
+        )
+
+    def shorten(self, text: Text, excess: int) -> int:
+        """Take `excess` tokens from the prompt's beginning, if it has as many; how many were taken.
+
+        A BOS stays, and so does what begins a pair.
+        """
+        starts = [start for start in (self.prefix_ids, [self._vocabulary.bos_id]) if start]
+        kept = next((len(start) for start in starts if text.prompt_ids[: len(start)] == start), 0)
+        if not 0 < excess < len(text.prompt_ids) - kept - len(self.between or ()):
+            return 0
+        del text.prompt_ids[kept : kept + excess]
+        where = "" if not kept else " after the BOS" if self.between is None else " after what begins a pair"
+        text.warnings.append(f"truncated: the prompt lost its first {excess} tokens{where}")
+        return excess
+
+    def closing_behind(self, response_ids: Sequence[int], *, finished: bool) -> Sequence[int]:
+        """What a response does not already end with of what is written behind it."""
+        return missing_closing(response_ids, self.closing_ids if finished else self.ending, self.least_closing)
+
+    def _with_bos(self, sample: Sample, ids: list[int]) -> list[int]:
         """BOS where the tokenizer adds one and the text lacks it; a template has written its own or wants none."""
         prefix = self.prefix_ids
         templated = sample.messages is not None and not self._always_bos
         return ids if templated or ids[: len(prefix)] == prefix else [*prefix, *ids]
 
-    def check_prompt(self, prompt_ids: Sequence[int]) -> None:
-        """The first of a pair's texts stands between tokens of its own, which ids that are given must hold.
-
-        Raises:
-            InvalidRequest: they do not.
-        """
+    def _check_prompt(self, prompt_ids: Sequence[int]) -> None:
+        """The first of a pair's texts stands between tokens of its own, which ids that are given must hold."""
         if self.between is None:
             return
         before, between = self.prefix_ids, self.between
@@ -134,12 +169,8 @@ class Frame:
                 field="prompt_token_ids",
             )
 
-    def gate_in(self, prompt_ids: list[int]) -> int:
-        """Where the prompt's end begins at which the model reads what the prompt is about.
-
-        Raises:
-            InvalidRequest: the prompt does not end so.
-        """
+    def _gate_in(self, prompt_ids: list[int]) -> int:
+        """Where the prompt's end begins at which the model reads what the prompt is about."""
         size = len(self.gate_ids)
         if size and prompt_ids[-size:] != self.gate_ids:
             end = self._vocabulary.bytes_of(self.gate_ids).decode(errors="replace")
@@ -150,14 +181,21 @@ class Frame:
             )
         return len(prompt_ids) - size if size else 0
 
-    def closing_behind(self, response_ids: Sequence[int], *, finished: bool) -> Sequence[int]:
-        """What a response does not already end with of what is written behind it."""
-        return missing_closing(response_ids, self.closing_ids if finished else self.ending, self.least_closing)
-
-    def kept_of(self, prompt_ids: list[int]) -> int:
-        """Tokens at a prompt's beginning that stay when it is shortened."""
-        begins = [frame for frame in (self.prefix_ids, [self._vocabulary.bos_id]) if frame]
-        return next((len(frame) for frame in begins if prompt_ids[: len(frame)] == frame), 0)
+    def _notices(self, sample: Sample, prompt_ids: list[int]) -> list[str]:
+        notices = []
+        bos = self._vocabulary.bos_id
+        if bos is not None and prompt_ids[:2] == [bos, bos]:
+            notices.append("doubled_bos: the prompt begins with two BOS tokens; it was scored as it stands")
+        if self._judges_steps and not sample.finished:
+            notices.append("unfinished: the last step was cut by length, and is judged as if it had ended")
+        response = sample.response
+        template = None if sample.messages is None else self.template
+        if response and response != response.strip() and template is not None and template.strips:
+            notices.append(
+                "unstripped_response: the model's template strips white space around an answer; the response was "
+                "scored as it stands"
+            )
+        return notices
 
     def instructed(self, sample: Sample, instruction: str) -> Sample:
         """A sample whose prompt begins with an instruction.

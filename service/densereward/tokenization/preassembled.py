@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 from densereward.capture import missing_closing
 from densereward.errors import InvalidRequest
+from densereward.tokenization.chat_template import ChatTemplate
 from densereward.tokenization.frame import Frame
 from densereward.tokenization.vocabulary import Vocabulary
 from densereward_client.wire import Message, Sample
 
-__all__ = ["WholeReader"]
+__all__ = ["PreassembledReader"]
 
 
-class WholeReader:
-    """Reads wholes for one model.
+class PreassembledReader:
+    """Reads preassembled texts for one model.
 
     Args:
         vocabulary: the model's.
@@ -35,7 +36,7 @@ class WholeReader:
         }
 
     def read(self, given: str | Sequence[int] | Sequence[Message], *, special_tokens: bool) -> Sample:
-        """See `Aligner.whole`.
+        """See `Aligner.preassembled`.
 
         Raises:
             InvalidRequest: the model must know where the response begins, or reads no dialogues.
@@ -56,7 +57,7 @@ class WholeReader:
             text = given
         elif given and isinstance(given[0], Message):
             messages = [each.model_dump() for each in given if isinstance(each, Message)]
-            text = self._frame.dialogues("`input`").whole(messages)
+            text = self._template().whole(messages)
         else:
             return [each for each in given if isinstance(each, int)]
         ids = self._vocabulary.encode(text).ids
@@ -65,3 +66,10 @@ class WholeReader:
         before, behind = self._vocabulary.prefix_ids, self._vocabulary.suffix_ids
         ids = ids if ids[: len(before)] == before else [*before, *ids]
         return [*ids, *missing_closing(ids, behind)]
+
+    def _template(self) -> ChatTemplate:
+        if self._frame.template is None:
+            raise InvalidRequest(
+                "this model has no chat template: give `input`", code="no_chat_template", field="messages"
+            )
+        return self._frame.template

@@ -1,4 +1,4 @@
-"""How the two texts of a sample become ids: as one text, as a pair, or step by step."""
+"""How the two texts of a sample become ids: read as one text, as a pair, or step by step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from densereward.capture import Span
-from densereward.tokenization.frame import Frame
+from densereward.errors import InvalidRequest
+from densereward.tokenization.chat_template import ChatTemplate
 from densereward.tokenization.steps import StepWriter
 from densereward.tokenization.vocabulary import Vocabulary
 from densereward_client.wire import Sample
@@ -36,60 +37,64 @@ class TextReader:
 
     Args:
         vocabulary: the model's.
-        frame: what its texts stand in.
+        template: the model's chat template; None for a model that reads no dialogues.
         steps: what writes responses step by step, where steps are what the model scores.
+        reads_pairs: whether prompt and response are a pair of texts to the model.
     """
 
-    def __init__(self, vocabulary: Vocabulary, frame: Frame, steps: StepWriter | None) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, template: ChatTemplate | None, steps: StepWriter | None, *, reads_pairs: bool
+    ) -> None:
         self._vocabulary = vocabulary
-        self._frame = frame
+        self._template = template
         self._steps = steps
+        self._reads_pairs = reads_pairs
 
     def read(self, sample: Sample) -> Text:
-        """Prompt and response, with all that stands before the response and nothing that closes it.
+        """Prompt and response as they stand; nothing is written before or behind them.
 
         Raises:
             InvalidRequest: the model cannot read such a prompt or response.
         """
-        if sample.prompt_token_ids is not None:
-            prompt_text, prompt_ids = None, list(sample.prompt_token_ids)
-            self._frame.check_prompt(prompt_ids)
-        else:
-            prompt_text = self._joined(self._prompt_text(sample))
-            bare_ids = self._vocabulary.prompt_ids(prompt_text)
-            prompt_ids = [*self._frame.with_bos(sample, bare_ids), *(self._frame.between or ())]
+        prompt = self._prompt_text(sample)
+        prompt_ids = list(sample.prompt_token_ids or ()) if prompt is None else self._vocabulary.prompt_ids(prompt)
         if sample.response_token_ids is not None:
             response_ids = list(sample.response_token_ids)
-            text = Text(prompt_ids, response_ids, self._vocabulary.spans_of_ids(response_ids))
-        elif self._steps is not None and self._steps.whole:
-            text = self._in_whole(self._steps, sample, prompt_text, prompt_ids)
-        elif self._steps is not None:
-            written = self._steps.write(sample.response or "")
-            text = Text(prompt_ids, written.ids, written.spans, written.stops)
-        elif prompt_text is None or self._frame.between is not None:
-            text = self._apart(prompt_ids, sample.response or "")
-        else:
-            text = self._together(sample, prompt_text, bare_ids, sample.response or "")
-        text.warnings.extend(self._notices(sample, text))
-        return text
+            return Text(prompt_ids, response_ids, self._vocabulary.spans_of_ids(response_ids))
+        response = sample.response or ""
+        if self._steps is not None and self._steps.whole:
+            return self._with_separators(self._steps, prompt, prompt_ids, response)
+        if self._steps is not None:
+            written = self._steps.write(response)
+            return Text(prompt_ids, written.ids, written.spans, written.stops)
+        if prompt is None or self._reads_pairs:
+            return self._apart(prompt_ids, response)
+        return self._as_one(prompt, prompt_ids, response)
 
-    def _prompt_text(self, sample: Sample) -> str:
+    def _prompt_text(self, sample: Sample) -> str | None:
+        """The prompt as the model reads it, rendered by the chat template; None where it was sent as ids."""
+        if sample.prompt_token_ids is not None:
+            return None
         if sample.messages is None:
-            return sample.prompt or ""
-        return self._frame.dialogues().prompt([message.model_dump() for message in sample.messages])
-
-    def _joined(self, prompt: str) -> str:
-        """A prompt as it stands before steps that are tokenised by themselves."""
+            prompt = sample.prompt or ""
+        elif self._template is None:
+            raise InvalidRequest(
+                "this model has no chat template: give `prompt` or `prompt_token_ids`",
+                code="no_chat_template",
+                field="messages",
+            )
+        else:
+            prompt = self._template.prompt([message.model_dump() for message in sample.messages])
         return prompt if self._steps is None else self._steps.joined(prompt)
 
-    def _in_whole(self, steps: StepWriter, sample: Sample, prompt: str | None, prompt_ids: list[int]) -> Text:
+    def _with_separators(self, steps: StepWriter, prompt: str | None, prompt_ids: list[int], response: str) -> Text:
         """A response with its separators, read together with the prompt where that is text."""
-        prompt, written, places = steps.written(prompt, sample.response or "")
+        prompt, written, places = steps.written(prompt, response)
         if prompt is None:
             text = self._apart(prompt_ids, written)
         else:
-            text = self._together(sample, prompt, self._vocabulary.prompt_ids(prompt), written)
-        text.steps = steps.stops(text.response_ids, sample.response or "")
+            text = self._as_one(prompt, self._vocabulary.prompt_ids(prompt), written)
+        text.steps = steps.stops(text.response_ids, response)
         text.spans = places.of(text.spans or [])
         return text
 
@@ -97,7 +102,7 @@ class TextReader:
         encoding = self._vocabulary.encode(response)
         return Text(prompt_ids, encoding.ids, self._vocabulary.spans_in_text(response, encoding))
 
-    def _together(self, sample: Sample, prompt: str, prompt_ids: list[int], response: str) -> Text:
+    def _as_one(self, prompt: str, prompt_ids: list[int], response: str) -> Text:
         """Prompt and response read as one text, as the model was trained, and cut where the response begins."""
         encoding = self._vocabulary.encode(prompt + response)
         spans = self._vocabulary.spans_in_text(prompt + response, encoding)
@@ -115,27 +120,11 @@ class TextReader:
         )
         # Where a tokenizer rewrites the text, its offsets may hide a crossing; the prompt's own ids do not.
         if crosses or before != encoding.ids[:cut]:
-            text = self._apart(self._frame.with_bos(sample, prompt_ids), response)
+            text = self._apart(prompt_ids, response)
             text.warnings.append(
                 "split_boundary: read as one text, a token would hold the prompt's end and the response's beginning; "
                 "the two were tokenised apart"
             )
             return text
         shifted = [(max(start - boundary, 0), max(stop - boundary, 0)) for start, stop in spans[cut:]]
-        return Text(self._frame.with_bos(sample, before), encoding.ids[cut:], shifted)
-
-    def _notices(self, sample: Sample, text: Text) -> list[str]:
-        notices = []
-        bos = self._vocabulary.bos_id
-        if bos is not None and text.prompt_ids[:2] == [bos, bos]:
-            notices.append("doubled_bos: the prompt begins with two BOS tokens; it was scored as it stands")
-        if self._steps is not None and not sample.finished:
-            notices.append("unfinished: the last step was cut by length, and is judged as if it had ended")
-        response = sample.response
-        template = None if sample.messages is None else self._frame.template
-        if response and response != response.strip() and template is not None and template.strips:
-            notices.append(
-                "unstripped_response: the model's template strips white space around an answer; the response was "
-                "scored as it stands"
-            )
-        return notices
+        return Text(before, encoding.ids[cut:], shifted)

@@ -68,6 +68,12 @@ class Vocabulary:
         return framed[:start], framed[start + len(bare) :]
 
     @cached_property
+    def blank_id(self) -> int | None:
+        """The token of a single space; None where the tokenizer has none."""
+        blank = self.encode(" ").ids
+        return blank[0] if len(blank) == 1 else None
+
+    @cached_property
     def fingerprint(self) -> str:
         """Equal for tokenizers whose ids stand for the same tokens."""
         vocabulary = self._backend.get_vocab(with_added_tokens=True)

@@ -207,7 +207,7 @@ def _prepare(kind: type[ClassifyRequest], service: Service, body: bytes, max_sam
             field="model",
         )
     special = asked.messages is None if asked.add_special_tokens is None else asked.add_special_tokens
-    samples = [model.whole(each, special_tokens=special) for each in given]
+    samples = [model.preassembled(each, special_tokens=special) for each in given]
     return Prepared(model, model.prepare(request, samples), partial(_write, asked))
 
 
