@@ -11,7 +11,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "serve": ("densereward.commands.serve:Serve", "answer trainers over HTTP"),
     "score": ("densereward.commands.score:Score", "score a file of samples without a server"),
-    "check": ("densereward.commands.check:Check", "look whether a model's numbers would be wrong"),
+    "check": ("densereward.commands.check:Check", "check whether a model's numbers would be wrong"),
     "demo": ("densereward.commands.demo:Demo", "start a server, call it, show tokens coloured by reward"),
 }
 
@@ -36,13 +36,13 @@ def _run(name: str, arguments: list[str]) -> None:
     except ModuleNotFoundError as error:
         _exit(1, f"densereward {name} needs {error.name}: pip install 'densereward[service]'")
     from densereward.errors import DenseRewardError
-    from densereward.server.validation import problems_of, told
+    from densereward.server.validation import describe_errors, errors_in
     from densereward_client import DenseRewardError as ClientError
 
     try:
         CliApp.run(command, cli_args=arguments)
     except ValidationError as error:
-        _exit(2, f"densereward {name}: {told(problems_of(error))}\nSee densereward {name} --help")
+        _exit(2, f"densereward {name}: {describe_errors(errors_in(error))}\nSee densereward {name} --help")
     except SettingsError as error:
         _exit(2, f"densereward {name}: {error}")
     except (DenseRewardError, ClientError) as error:

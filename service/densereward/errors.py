@@ -15,7 +15,7 @@ DenseRewardError
 |-- EngineDied                503  the engine's process ended, with Retry-After
 |-- DeadlineExceeded          504
 `-- ModelError                     at start-up: a model that would answer wrong numbers is not served
-    `-- CannotPack                 its sequences would read each other in one row
+    `-- CannotPack                 its sequences would see each other if packed
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class NotReady(_TryLater):
 
 
 class EngineDied(_TryLater):
-    """The engine ended by itself; the server will be another process before anything is scored again."""
+    """The engine's process ended. The server ends too, and its supervisor starts another."""
 
     code = "engine_died"
     status = 503
@@ -169,4 +169,4 @@ class ModelError(DenseRewardError):
 
 
 class CannotPack(ModelError):
-    """Something in the model would let sequences in one row read each other."""
+    """In this model, sequences that are packed into one row would attend to each other."""

@@ -1,4 +1,4 @@
-"""Prometheus metrics. One object a process owns them; nobody else makes any."""
+"""Prometheus metrics. A process has one object of this class."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Metrics:
         )
         self._batch_fill = Histogram(
             "densereward_batch_fill",
-            "Work of a forward pass over the budget; beyond 1 is one long sequence by itself.",
+            "Work of a forward pass over the batch size; beyond 1 is one long sequence by itself.",
             buckets=(0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1, 2, 4),
             registry=self._registry,
         )
-        self._budget = Gauge(
+        self._batch_size = Gauge(
             "densereward_batch_budget_tokens",
-            "The budget of a forward pass: tokens, long sequences' attention in tokens' worth.",
+            "The batch size: tokens in a forward pass, long sequences' attention in tokens' worth.",
             ["model"],
             registry=self._registry,
         )
@@ -90,12 +90,12 @@ class Metrics:
         """Callers left before their sequences ran."""
         self._dropped.inc(sequences)
 
-    def budget(self, model: str, tokens: int) -> None:
-        """A model's budget was chosen."""
-        self._budget.labels(model).set(tokens)
+    def batch_size(self, model: str, tokens: int) -> None:
+        """A model's batch size was chosen."""
+        self._batch_size.labels(model).set(tokens)
 
     def batch(self, *, sequences: int, tokens: int, shared: int, fill: float, seconds: float) -> None:
-        """A forward pass ended: tokens that ran, tokens that sharing saved, work over the budget."""
+        """A forward pass ended: tokens that ran, tokens that sharing saved, work over the batch size."""
         self._batch_sequences.observe(sequences)
         self._batch_tokens.observe(tokens)
         self._shared_tokens.inc(shared)

@@ -1,4 +1,4 @@
-"""Every knob, once. A flag of `densereward serve`, an environment variable DENSEREWARD_*, or a line of a TOML file.
+"""Every setting, once: a flag of `densereward serve`, an environment variable DENSEREWARD_*, or a line of a TOML file.
 
 Flags win over the environment, the environment over the file (`DENSEREWARD_CONFIG=FILE`). An empty flag or variable
 is one that was not given.
@@ -97,7 +97,7 @@ class ModelSettings(BaseSettings):
         "of them, `\\n` for a line break. Without it, each token is scored. It holds for all that are served.",
     )
     allow: Annotated[list[str], NoDecode] = Field(
-        [], description="Findings of `densereward check` with which a model is served nevertheless, by their names."
+        [], description="Names of failed checks (`densereward check`) with which a model is served nevertheless."
     )
     chat_template: FilePath | None = Field(
         None, description="File with the chat template that takes the place of the reward models' own."
@@ -181,8 +181,8 @@ class ModelSettings(BaseSettings):
         """A setting that the engine does not heed would leave the operator in the belief that it does."""
         if self.engine == "torch" and self.engine_arguments:
             raise ValueError("engine_arguments are vLLM's; give --engine vllm with them")
-        unheeded = {"head": self.head, "step_separator": self.step_separator, "allow pickle": "pickle" in self.allow}
-        if self.engine == "vllm" and (given := [name for name, value in unheeded.items() if value]):
+        unused = {"head": self.head, "step_separator": self.step_separator, "allow pickle": "pickle" in self.allow}
+        if self.engine == "vllm" and (given := [name for name, value in unused.items() if value]):
             raise ValueError(f"{', '.join(given)}: not with --engine vllm; such models are served by --engine torch")
         if self.engine == "vllm" and len(self.model) > 1:
             raise ValueError("with --engine vllm a server has one model; start one for each")
@@ -233,7 +233,7 @@ def _named(model: str) -> tuple[str, str]:
 
 
 def _read(file: Path, settings_cls: type[BaseSettings]) -> dict[str, object]:
-    """The file's lines, without those that only the server knows; a line nobody knows is refused like a flag.
+    """The file's settings, without those that only the server has; an unknown one is refused like a flag.
 
     Raises:
         SettingsError: no such file, or no TOML.
@@ -242,8 +242,8 @@ def _read(file: Path, settings_cls: type[BaseSettings]) -> dict[str, object]:
         lines = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(f"DENSEREWARD_CONFIG={file}: {error}") from error
-    servers_own = ServerSettings.model_fields.keys() - settings_cls.model_fields.keys()
-    return {name: value for name, value in lines.items() if name not in servers_own}
+    only_servers = ServerSettings.model_fields.keys() - settings_cls.model_fields.keys()
+    return {name: value for name, value in lines.items() if name not in only_servers}
 
 
 class ServerSettings(ModelSettings):
@@ -261,7 +261,7 @@ class ServerSettings(ModelSettings):
     @field_validator("api_key")
     @classmethod
     def _can_be_sent(cls, key: SecretStr | None) -> SecretStr | None:
-        """A key that no header carries would lock everybody out."""
+        """Refuse a key that no HTTP header can carry."""
         if key is not None and not re.fullmatch(r"[!-~]+", key.get_secret_value()):
             raise ValueError("a key is printable ASCII without spaces, at least one character")
         return key

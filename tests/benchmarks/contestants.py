@@ -14,7 +14,7 @@ from densereward.capture import AttentionRow, Captured, Need, PrefixMode, Prefix
 from densereward.engines.base import Engine, EngineFacts
 from densereward.methods import METHODS
 from densereward.methods.base import Response
-from densereward.scheduling.cost import Bill, price
+from densereward.scheduling.cost import BatchCost, cost_of
 from tests.benchmarks.harness import Numbers
 
 _ALL_NEEDS: frozenset[Need] = frozenset([PrefixScores(), AttentionRow(-1)])
@@ -61,14 +61,14 @@ def _forward(engine: Engine, sequences: Sequence[ScoringInput], needs: frozenset
 def within_budget(sequences: Sequence[ScoringInput], facts: EngineFacts) -> Iterator[list[ScoringInput]]:
     """Batches in the given order, as large as the server's; a prompt counts once in a batch."""
     batch: list[ScoringInput] = []
-    bill = Bill(facts.pair_cost)
+    cost = BatchCost(facts.pair_cost)
     for sequence in sequences:
-        item = price(sequence)
-        if batch and not bill.fits(item, float(facts.batch_tokens)):
+        item = cost_of(sequence)
+        if batch and not cost.fits(item, float(facts.batch_tokens)):
             yield batch
-            batch, bill = [], Bill(facts.pair_cost)
+            batch, cost = [], BatchCost(facts.pair_cost)
         batch.append(sequence)
-        bill.add(item)
+        cost.add(item)
     yield batch
 
 

@@ -356,7 +356,7 @@ def test_it_is_readable_without_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     main(["check", "--model", str(tiny.save(tmp_path / "model")), "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("ok ") for line in lines)
-    assert any("scores of made-up texts lie in [" in line for line in lines)
+    assert any("scores of random sequences lie in [" in line for line in lines)
 
 
 def test_a_template_from_a_file_takes_the_place_of_the_models_own(tmp_path: Path) -> None:

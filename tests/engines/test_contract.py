@@ -21,7 +21,7 @@ from densereward.engines.base import Engine
 from densereward.errors import EngineFailure, Overloaded, TooLarge
 from densereward.metrics import Metrics
 from densereward.scheduling.batcher import Batcher, Scored
-from densereward.scheduling.handover import queue_for
+from densereward.scheduling.handover import batcher_for
 
 SCORES = 5e-5
 ROWS = 1e-5
@@ -68,7 +68,7 @@ def assert_right(captured: Captured, asked: ScoringInput, eager: Any) -> None:
 
 @asynccontextmanager
 async def queue_before(engine: Engine, *, max_queue_tokens: int = 10**6) -> AsyncIterator[Batcher]:
-    queue = queue_for(engine, max_batch_tokens=256, max_queue_tokens=max_queue_tokens, metrics=Metrics())
+    queue = batcher_for(engine, max_batch_tokens=256, max_queue_tokens=max_queue_tokens, metrics=Metrics())
     try:
         yield queue
     finally:

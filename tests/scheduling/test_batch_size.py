@@ -10,7 +10,7 @@ import pytest
 from densereward.capture import AttentionRow, Captured, PrefixScores, ScoringInput
 from densereward.engines.base import EngineFacts
 from densereward.errors import EngineFailure
-from densereward.scheduling.batch_size import measure_budget
+from densereward.scheduling.batch_size import measure_batch_size
 from fakes import FACTS, FakeEngine
 
 
@@ -44,7 +44,7 @@ def always(seconds: float) -> Callable[[int], float]:
 
 
 def budget(engine: TimedEngine) -> int:
-    return measure_budget(engine, engine.clock)
+    return measure_batch_size(engine, engine.clock)
 
 
 def test_the_smallest_size_near_the_best_throughput_is_chosen() -> None:

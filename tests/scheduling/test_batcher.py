@@ -16,8 +16,8 @@ from densereward.capture import ScoringInput
 from densereward.errors import NotReady, Overloaded, TooLarge
 from densereward.metrics import Metrics
 from densereward.scheduling.batcher import Batcher, Scored, _Speed
-from densereward.scheduling.cost import Bill, Price, price
-from densereward.scheduling.queue import Lines, Waiting
+from densereward.scheduling.cost import BatchCost, SequenceCost, cost_of
+from densereward.scheduling.queue import Queue, Waiting
 from fakes import FACTS, FakeEngine, rewards, sequence, until
 
 
@@ -270,21 +270,21 @@ async def test_a_hundred_thousand_waiting_sequences_are_no_burden() -> None:
     """The work of choosing batches grows with what is chosen, not with what waits: looks are counted, not seconds."""
     looks = 0
 
-    class Counted(Bill):
-        def fits(self, item: Price, limit: float) -> bool:
+    class Counted(BatchCost):
+        def fits(self, item: SequenceCost, limit: float) -> bool:
             nonlocal looks
             looks += 1
             return super().fits(item, limit)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("densereward.scheduling.queue.Bill", Counted)
-        lines = Lines(100, 0.0, Metrics())
+        patch.setattr("densereward.scheduling.queue.BatchCost", Counted)
+        queue = Queue(100, 0.0, Metrics())
         future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
         for call in range(1000):
             each = [ScoringInput((call % 50, i, *[1] * (i % 90)), 1, 1 + i % 90, 1 + i % 90) for i in range(100)]
-            lines.join([Waiting(one, price(one), one.forward_tokens, future, 0.0) for one in each])
+            queue.join([Waiting(one, cost_of(one), one.forward_tokens, future, 0.0) for one in each])
         for _ in range(100):
-            assert lines.next_batch()
+            assert queue.next_batch()
     assert looks < 100 * 3000
 
 
@@ -332,10 +332,10 @@ async def _check_answers(calls: list[list[Work]], leaving: set[int], budget: int
             assert rewards(result) == [_expected(each, poison) for each in call]
     ran = {tuple(each.token_ids): each for call in made for each in call}
     for batch in engine.batches[1:]:
-        bill = Bill(0.0)
+        cost = BatchCost(0.0)
         for ids in batch:
-            bill.add(price(ran[tuple(ids)]))
-        assert bill.work <= budget or len(batch) == 1
+            cost.add(cost_of(ran[tuple(ids)]))
+        assert cost.work <= budget or len(batch) == 1
     if poison is None:
         times = Counter(tuple(ids) for batch in engine.batches[1:] for ids in batch)
         stayed = {tuple(each.token_ids) for index, call in enumerate(made) if index not in gone for each in call}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from densereward.capture import Need, PrefixScores, ScoringInput
-from densereward.scheduling.cost import Bill, Cost, price
+from densereward.scheduling.cost import BatchCost, Cost, cost_of
 
 CLOSED: frozenset[Need] = frozenset([PrefixScores("closed")])
 
@@ -49,10 +49,10 @@ def counted(batch: Sequence[ScoringInput]) -> Cost:
 
 
 def billed(batch: Sequence[ScoringInput]) -> Cost:
-    bill = Bill(0.5)
+    cost = BatchCost(0.5)
     for each in batch:
-        bill.add(price(each))
-    return bill.total
+        cost.add(cost_of(each))
+    return cost.total
 
 
 @given(BATCHES)
@@ -69,12 +69,12 @@ def test_the_order_of_a_batch_does_not_change_its_cost(shapes: list[Shape]) -> N
 
 @given(BATCHES, SHAPES, st.integers(0, 40))
 def test_what_fits_is_what_stays_within_the_limit(shapes: list[Shape], shape: Shape, limit: int) -> None:
-    bill, more = Bill(0.5), price(made(shape))
+    cost, more = BatchCost(0.5), cost_of(made(shape))
     for each in map(made, shapes):
-        bill.add(price(each))
-    fits = bill.fits(more, float(limit))
-    bill.add(more)
-    assert fits == (bill.work <= limit)
+        cost.add(cost_of(each))
+    fits = cost.fits(more, float(limit))
+    cost.add(more)
+    assert fits == (cost.work <= limit)
 
 
 @given(SHAPES)
@@ -94,7 +94,7 @@ def test_work_counts_pairs_in_tokens_worth() -> None:
 
 def test_a_prompt_that_is_met_again_is_kept_once() -> None:
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
-    first, second = (price(ScoringInput([1, 2, i], 2, 1, 2), known) for i in range(2))
+    first, second = (cost_of(ScoringInput([1, 2, i], 2, 1, 2), known) for i in range(2))
     assert first.prompt_ids is second.prompt_ids
 
 

@@ -11,7 +11,7 @@ import pytest
 from densereward.errors import EngineDied, NotReady, Overloaded, TooLarge
 from densereward.metrics import Metrics
 from densereward.scheduling.batcher import Batcher
-from densereward.scheduling.handover import Stream, queue_for
+from densereward.scheduling.handover import HandoverBatcher, batcher_for
 from fakes import FakeEngine, FakeStream, rewards, sequence, until
 
 DEAD = EngineDied("it ended", retry_after=30.0)
@@ -21,7 +21,7 @@ DEAD = EngineDied("it ended", retry_after=30.0)
 async def running(
     engine: FakeStream, *, on_death: Callable[[EngineDied], None] = lambda _: None, max_queue_tokens: int = 100
 ) -> AsyncIterator[Batcher]:
-    queue = queue_for(
+    queue = batcher_for(
         engine, max_batch_tokens=4, max_queue_tokens=max_queue_tokens, metrics=Metrics(), on_death=on_death
     )
     try:
@@ -37,8 +37,8 @@ async def running(
 
 async def test_an_engine_that_streams_gets_the_queue_that_streams() -> None:
     async with running(FakeStream()) as queue:
-        assert isinstance(queue, Stream)
-    batcher = queue_for(FakeEngine(), max_batch_tokens=4, max_queue_tokens=9, metrics=Metrics())
+        assert isinstance(queue, HandoverBatcher)
+    batcher = batcher_for(FakeEngine(), max_batch_tokens=4, max_queue_tokens=9, metrics=Metrics())
     assert type(batcher) is Batcher
     await batcher.close()
 

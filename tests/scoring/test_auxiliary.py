@@ -8,7 +8,7 @@ import tiny
 from densereward.capture import PrefixScores
 from densereward.errors import TooLarge
 from densereward.scoring.auxiliary import check_auxiliary
-from densereward.scoring.preparation import Prepared, prepare
+from densereward.scoring.preparation import PreparedSample, prepare_sample
 from densereward.tokenization.align import Aligner
 from densereward_client.wire import Sample
 
@@ -18,8 +18,8 @@ CLOSED = frozenset([PrefixScores("closed")])
 TOKENS = 4 * (2 + 2) + 1 + 2 + 3  # of four prefixes: a prompt and closing tokens each, and what they hold
 
 
-def prepared(*, reencodes: bool, limit: int) -> Prepared:
-    return prepare(SAMPLE, [], CLOSED, ALIGNER, truncate=False, reencodes=reencodes, limit=limit)
+def prepared(*, reencodes: bool, limit: int) -> PreparedSample:
+    return prepare_sample(SAMPLE, [], CLOSED, ALIGNER, truncate=False, reencodes=reencodes, limit=limit)
 
 
 def test_closed_prefixes_become_sequences_of_their_own_where_the_engine_needs_that() -> None:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from densereward.capture import Span
 from densereward.errors import EngineFailure, InvalidRequest
 from densereward.methods.base import Credit, Params
-from densereward.scoring.placement import Slots, place, slot_boundaries, slots_of, spread
+from densereward.scoring.placement import Slots, move_to_spans, place, slot_boundaries, slots_of
 from densereward_client.wire import Sample
 
 
-def naive_spread(values: list[float], sources: list[Span], targets: list[Span]) -> list[float]:
+def naive_move(values: list[float], sources: list[Span], targets: list[Span]) -> list[float]:
     """Byte by byte: every byte of a source carries its share to the target that owns the byte."""
     result = [0.0] * len(targets)
     for value, (start, stop) in zip(values, sources, strict=True):
@@ -43,17 +43,17 @@ def gappy(draw: st.DrawFn, size: int) -> list[Span]:
 
 
 def test_a_token_over_two_of_the_trainers_gives_each_its_bytes_share() -> None:
-    np.testing.assert_allclose(spread(np.array([3.0, 1.0]), [(0, 3), (3, 4)], [(0, 1), (1, 4)]), [1.0, 3.0])
+    np.testing.assert_allclose(move_to_spans(np.array([3.0, 1.0]), [(0, 3), (3, 4)], [(0, 1), (1, 4)]), [1.0, 3.0])
 
 
 def test_a_character_split_between_tokens_is_shared_by_bytes() -> None:
     # One four-byte character: the model has tokens of 3 and 1 bytes, the trainer of 2 and 2.
-    np.testing.assert_allclose(spread(np.array([3.0, 5.0]), [(0, 3), (3, 4)], [(0, 2), (2, 4)]), [2.0, 6.0])
+    np.testing.assert_allclose(move_to_spans(np.array([3.0, 5.0]), [(0, 3), (3, 4)], [(0, 2), (2, 4)]), [2.0, 6.0])
 
 
 def test_a_token_that_no_slot_shares_goes_to_the_next_one_or_the_last() -> None:
     targets = [(0, 2), (3, 5)]
-    values = spread(np.array([1.0, 10.0, 100.0, 1000.0]), [(0, 2), (2, 3), (3, 5), (5, 9)], targets)
+    values = move_to_spans(np.array([1.0, 10.0, 100.0, 1000.0]), [(0, 2), (2, 3), (3, 5), (5, 9)], targets)
     np.testing.assert_allclose(values, [1.0, 1110.0])
 
 
@@ -62,8 +62,8 @@ def test_spreading_equals_the_byte_by_byte_reading_and_keeps_the_sum(data: st.Da
     sources = data.draw(cuts(size))
     targets = data.draw(gappy(size))
     values = data.draw(st.lists(st.floats(-9, 9), min_size=len(sources), max_size=len(sources)))
-    result = spread(np.array(values, dtype=np.float64), sources, targets)
-    np.testing.assert_allclose(result, naive_spread(values, sources, targets), atol=1e-9)
+    result = move_to_spans(np.array(values, dtype=np.float64), sources, targets)
+    np.testing.assert_allclose(result, naive_move(values, sources, targets), atol=1e-9)
     assert result.sum() == pytest.approx(sum(values), abs=1e-9)
 
 

@@ -8,15 +8,15 @@ import pytest
 
 import tiny
 from densereward.errors import InvalidRequest
-from densereward.scoring.preparation import Prepared, prepare
+from densereward.scoring.preparation import PreparedSample, prepare_sample
 from densereward.tokenization.align import Aligner
 from densereward_client.wire import Sample
 
 ALIGNER = Aligner(tiny.make_tokenizer(), 256, 320)
 
 
-def prepared(**sample: Any) -> Prepared:
-    return prepare(Sample(**sample), [], frozenset(), ALIGNER, truncate=False, reencodes=False, limit=1000)
+def prepared(**sample: Any) -> PreparedSample:
+    return prepare_sample(Sample(**sample), [], frozenset(), ALIGNER, truncate=False, reencodes=False, limit=1000)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""What is looked at before a model is served, and by `densereward check`: would its numbers be wrong?
+"""The checks before a model is served, and of `densereward check`: would its numbers be wrong?
 
-Each look has a name, by which `--allow` lets a failure pass. What a model cannot even be loaded with is a failure
-under the name of its error (`ModelError.error_code`) and cannot be allowed.
+Each check has a name, by which `--allow` lets a failure pass. A model that cannot be loaded fails under the name of
+its error (`ModelError.error_code`), and that cannot be allowed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from densereward.errors import EngineFailure, ModelError
 from densereward.settings import ALLOWABLE
 from densereward.tokenization.align import Aligner
 
-__all__ = ["Finding", "compared", "drift", "examine", "refuse"]
+__all__ = ["Finding", "compare_engines", "dtype_drift", "examine", "refuse"]
 
 Status = Literal["ok", "warning", "fail", "allowed"]
 
 _WRITTEN_TOKENS = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:bos|eos)>|<(?:start|end)_of_turn>")
-_QUESTION = [{"role": "user", "content": "question"}]  # which every template that was taken has written before
+_QUESTION = [{"role": "user", "content": "question"}]  # each template has rendered it once, when it was loaded
 
 _LEAST_KNOWN = 0.9
 """Share of the model's rows that its tokenizer has tokens for; the rest is padding."""
@@ -33,12 +33,12 @@ _LEAST_KNOWN = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One look.
+    """What one check found.
 
     Attributes:
-        name: of the look.
-        status: what came of it.
-        text: what was seen.
+        name: of the check.
+        status: its result.
+        text: what was found.
     """
 
     name: str
@@ -47,15 +47,15 @@ class Finding:
 
 
 def examine(engine: Engine, aligner: Aligner, allow: Sequence[str] = ()) -> Iterator[Finding]:
-    """Look at everything, one after the other.
+    """Make all checks, one after the other.
 
     Args:
         engine: loaded.
         aligner: its tokenizer and template.
         allow: names of failures that are let pass.
     """
-    for look in (_weights, _vocabulary, _special_tokens, _template, _closing, _numbers, _spread, _parity, _drift):
-        for finding in look(engine, aligner):
+    for check in _CHECKS:
+        for finding in check(engine, aligner):
             allowed = finding.status == "fail" and finding.name in allow
             yield replace(finding, status="allowed") if allowed else finding
 
@@ -105,7 +105,7 @@ def _special_tokens(engine: Engine, aligner: Aligner) -> Iterator[Finding]:
         yield Finding("special_tokens", "ok", "the tokenizer's BOS, where it is used, and EOS are the model's")
 
 
-def _template(engine: Engine, aligner: Aligner) -> Iterator[Finding]:  # noqa: ARG001  # one signature for all looks
+def _template(engine: Engine, aligner: Aligner) -> Iterator[Finding]:  # noqa: ARG001  # one signature for all checks
     if aligner.template is None:
         yield Finding("template", "warning", "the model has no chat template: give `prompt`, not `messages`")
         return
@@ -126,7 +126,7 @@ def _template(engine: Engine, aligner: Aligner) -> Iterator[Finding]:  # noqa: A
 
 
 def _split(text: str, aligner: Aligner) -> str:
-    """What looks like special tokens in a text and is more than one for the tokenizer."""
+    """Special tokens in a text that the tokenizer reads as more than one token."""
     written = dict.fromkeys(_WRITTEN_TOKENS.findall(text))
     return ", ".join(token for token in written if len(aligner.vocabulary.encode(token).ids) != 1)
 
@@ -155,7 +155,7 @@ def _numbers(engine: Engine, _: Aligner) -> Iterator[Finding]:
 def _spread(engine: Engine, _: Aligner) -> Iterator[Finding]:
     rewards = np.array([each.reward for each in engine.forward(_sequences(engine))])
     if float(rewards.std()) > 1e-6 * max(1.0, float(np.abs(rewards).max())):
-        yield Finding("spread", "ok", f"scores of made-up texts lie in [{rewards.min():.3g}, {rewards.max():.3g}]")
+        yield Finding("spread", "ok", f"scores of random sequences lie in [{rewards.min():.3g}, {rewards.max():.3g}]")
     else:
         yield Finding("spread", "fail", f"every text is scored {rewards[0]:.6g}; the head says nothing")
 
@@ -163,26 +163,26 @@ def _spread(engine: Engine, _: Aligner) -> Iterator[Finding]:
 def _parity(engine: Engine, _: Aligner) -> Iterator[Finding]:
     """The same sequences by transformers' own eager attention, one by one."""
     sequences = _sequences(engine)
-    compared: frozenset[Need] = frozenset([PrefixScores("open"), AttentionRow(-1)])
-    needs = compared & engine.provides
-    asked = [replace(each, needs=needs) for each in sequences]
+    kinds: frozenset[Need] = frozenset([PrefixScores("open"), AttentionRow(-1)])
+    needs = kinds & engine.provides
+    with_needs = [replace(each, needs=needs) for each in sequences]
     try:
-        own = [engine.reference(each) for each in asked]
+        reference = [engine.reference(each) for each in with_needs]
     except EngineFailure as error:
         yield Finding("parity", "warning", f"there is no reference to compare with: {error.message}")
         return
-    moved = max(_apart(one, two) for one, two in zip(engine.forward(asked), own, strict=True))
-    # Where rows are kept, an engine may take another way than where scores alone are wanted.
+    moved = max(_distance(one, two) for one, two in zip(engine.forward(with_needs), reference, strict=True))
+    # An engine may compute scores in another way where no rows are needed.
     plain = engine.forward(sequences)
-    scores = [replace(each, prefixes={}, attention_rows={}) for each in own]
-    moved = max(moved, *(_apart(one, two) for one, two in zip(plain, scores, strict=True)))
+    scores = [replace(each, prefixes={}, attention_rows={}) for each in reference]
+    moved = max(moved, *(_distance(one, two) for one, two in zip(plain, scores, strict=True)))
     limit = TOLERANCE[engine.facts.dtype]
     text = f"scores, prefix scores and attention differ by at most {moved:.1g} from transformers' eager attention"
     yield Finding("parity", "ok" if moved <= limit else "fail", f"{text}; {limit:g} is allowed")
 
 
-def _apart(one: Captured, two: Captured) -> float:
-    """How far two captures of one sequence lie from each other, of the largest number of each kind."""
+def _distance(one: Captured, two: Captured) -> float:
+    """The largest difference of two captures of one sequence, relative to the largest number of each kind."""
     pairs = zip([np.array([one.reward]), *one.arrays], [np.array([two.reward]), *two.arrays], strict=True)
     return max(
         float(np.abs(mine - other).max(initial=0)) / max(1.0, float(np.abs(other).max(initial=0)))
@@ -190,7 +190,7 @@ def _apart(one: Captured, two: Captured) -> float:
     )
 
 
-def _drift(engine: Engine, _: Aligner) -> Iterator[Finding]:
+def _dtype_drift(engine: Engine, _: Aligner) -> Iterator[Finding]:
     """How far the dtype moves scores, from float32 arithmetic on the same weights."""
     if engine.facts.dtype == "float32":
         yield Finding("dtype_drift", "ok", "computed in float32")
@@ -201,10 +201,10 @@ def _drift(engine: Engine, _: Aligner) -> Iterator[Finding]:
     except EngineFailure as error:
         yield Finding("dtype_drift", "warning", f"float32 cannot be compared with: {error.message}")
         return
-    yield _moved(engine.facts.dtype, engine.forward(sequences), exact, "float32 arithmetic")
+    yield _drift_finding(engine.facts.dtype, engine.forward(sequences), exact, "float32 arithmetic")
 
 
-def drift(engine: Engine, exact: Engine) -> Finding:
+def dtype_drift(engine: Engine, exact: Engine) -> Finding:
     """How far the dtype and the rounding of the weights move scores.
 
     Args:
@@ -212,11 +212,13 @@ def drift(engine: Engine, exact: Engine) -> Finding:
         exact: the same model in float32.
     """
     sequences = _sequences(engine)
-    return _moved(engine.facts.dtype, engine.forward(sequences), exact.forward(sequences), "the weights' float32")
+    return _drift_finding(
+        engine.facts.dtype, engine.forward(sequences), exact.forward(sequences), "the weights' float32"
+    )
 
 
-def compared(engine: Engine, exact: Engine) -> Finding:
-    """How far scores, prefix scores and attention lie from another engine's.
+def compare_engines(engine: Engine, exact: Engine) -> Finding:
+    """How far scores, prefix scores and attention are from another engine's.
 
     Args:
         engine: as it is to be served.
@@ -224,15 +226,16 @@ def compared(engine: Engine, exact: Engine) -> Finding:
     """
     kinds: frozenset[Need] = frozenset([PrefixScores("open"), AttentionRow(-1)])
     needs = kinds & engine.provides & exact.provides
-    asked = [replace(each, needs=needs) for each in _sequences(engine)]
-    moved = max(_apart(one, two) for one, two in zip(engine.forward(asked), exact.forward(asked), strict=True))
+    sequences = [replace(each, needs=needs) for each in _sequences(engine)]
+    pairs = zip(engine.forward(sequences), exact.forward(sequences), strict=True)
+    moved = max(_distance(one, two) for one, two in pairs)
     limit = TOLERANCE[engine.facts.dtype]
     text = f"scores, prefix scores and attention differ by at most {moved:.1g} from the torch engine's in float32"
     return Finding("parity", "ok" if moved <= limit else "fail", f"{text}; {limit:g} is allowed")
 
 
-def _moved(dtype: str, here: Sequence[Captured], there: Sequence[Captured], what: str) -> Finding:
-    """How far scores lie from more exact ones."""
+def _drift_finding(dtype: str, here: Sequence[Captured], there: Sequence[Captured], what: str) -> Finding:
+    """How far scores are from more exact ones."""
     one, two = (np.array([each.reward for each in given]) for given in (here, there))
     moved, largest = float(np.abs(one - two).max()), max(1.0, float(np.abs(two).max()))
     limit = TOLERANCE[dtype]
@@ -242,7 +245,7 @@ def _moved(dtype: str, here: Sequence[Captured], there: Sequence[Captured], what
 
 
 def _sequences(engine: Engine) -> list[ScoringInput]:
-    """Some made-up texts of one length or another."""
+    """Random sequences of several lengths."""
     generator = np.random.default_rng(2)
     longest = min(48, engine.facts.max_length)
     lengths = [max(length, 4) for length in (longest // 4, longest // 2, longest)]
@@ -251,3 +254,6 @@ def _sequences(engine: Engine) -> list[ScoringInput]:
     return [
         ScoringInput(each, 2, len(each) - 2, len(each) - 1, steps=range(2, len(each)) if steps else ()) for each in ids
     ]
+
+
+_CHECKS = (_weights, _vocabulary, _special_tokens, _template, _closing, _numbers, _spread, _parity, _dtype_drift)

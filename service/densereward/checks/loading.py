@@ -1,4 +1,4 @@
-"""From a source to a model that is loaded, has its tokenizer, and was looked at."""
+"""From a source (a folder or hub id) to a loaded model with its tokenizer, both of them checked."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load(settings: ModelSettings, source: str | None = None) -> tuple[Engine, Al
 
 
 def load_unchecked(settings: ModelSettings, source: str | None = None) -> tuple[Engine, Aligner]:
-    """The same before anything is looked at but what loading itself shows.
+    """Load a model and its tokenizer without the checks of `examine`.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -67,7 +67,7 @@ def _load(settings: ModelSettings, source: str) -> tuple[Engine, Aligner]:
 
 @contextmanager
 def _closing_on_failure(engine: Engine) -> Iterator[None]:
-    """An engine that is not served must not stay, least of all one with processes of its own."""
+    """Close an engine that is not served; it may have processes of its own."""
     try:
         yield
     except Exception:
@@ -90,7 +90,7 @@ def _read_tokenizer(settings: ModelSettings, source: str) -> Any:
 
 
 def _engine(settings: ModelSettings, source: str) -> Engine:
-    """VLLM, if it is asked for; otherwise the engine that packs, or for a model that cannot be packed another."""
+    """VLLM where the settings say so; otherwise the engine that packs, or the one for models that cannot be packed."""
     given: dict[str, Any] = {
         "revision": settings.revision,
         "device": settings.device,
@@ -126,7 +126,7 @@ def load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
 
 @contextmanager
 def _as_model_error(source: str) -> Iterator[None]:
-    """A model's own code can fail in any way while it loads; the operator needs one message.
+    """Turn whatever a model's own code raises while it loads into one message for the operator.
 
     Raises:
         ModelError: something failed.

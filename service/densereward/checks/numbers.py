@@ -1,4 +1,4 @@
-"""Before a model is served: does it give finite, repeatable numbers that do not depend on who shares the batch?"""
+"""The self-check of a model's numbers: finite, repeatable, and independent of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from densereward.errors import EngineFailure, ModelError
 __all__ = ["TOLERANCE", "self_check"]
 
 _LENGTHS = (1, 7, 33, 100)
-_PROMPT = 65  # long enough for an engine to keep it when it comes again
+_PROMPT = 65  # long enough to be cached when it comes again
 _CLOSING = 2
-_ALONE = 40
+_ISOLATED = 40
 
 
 def self_check(engine: Engine) -> None:
-    """Score probes alone and together, and compare.
+    """Score probes one by one and in a batch, and compare.
 
     Raises:
         ModelError: a number is missing, not finite, not a weight, or changes with the batch.
     """
     probes = _probes(engine)
     try:
-        together = engine.forward(probes)
+        batched = engine.forward(probes)
         alone = [engine.forward([probe])[0] for probe in probes]
     except EngineFailure as error:
         raise ModelError(f"the self-check's forward pass failed: {error.message}") from error
     tolerance = TOLERANCE[engine.facts.dtype]
-    for captured in together:
+    for captured in batched:
         _check_numbers(captured)
         _check_closed_prefixes(captured, tolerance)
-    _check_batch_invariance(together, alone, tolerance)
+    _check_batch_invariance(batched, alone, tolerance)
     _check_isolation(engine, tolerance / 10)
 
 
 def _check_isolation(engine: Engine, tolerance: float) -> None:
-    """What stands beside a sequence is nothing to it: beside another of the same length, its numbers are the same."""
-    length = min(_ALONE, engine.facts.max_length)
+    """A sequence's numbers must not change when its neighbour is replaced by another of the same length."""
+    length = min(_ISOLATED, engine.facts.max_length)
     ids = np.random.default_rng(1).integers(0, engine.facts.vocabulary_size, (3, length)).tolist()
     needs = _needs(engine)
     steps = range(1, length) if StepScores() in needs else ()
@@ -65,14 +65,14 @@ def _numbers(captured: Captured) -> list[np.ndarray]:
 
 
 def _needs(engine: Engine) -> frozenset[Need]:
-    """What is looked at of what the engine provides."""
+    """What is checked of all that the engine provides."""
     kinds = PrefixScores | StepScores | LogProbabilities
     every = engine.provides - {LogProbabilities(alone=True)}
     return frozenset(need for need in every if isinstance(need, kinds) or need == AttentionRow(-1))
 
 
 def _probes(engine: Engine) -> list[ScoringInput]:
-    """Ids from a fixed seed, of several lengths, two with one prompt, with all that the engine provides."""
+    """Random ids from a fixed seed, of several lengths, two with the same prompt, with all needs that are checked."""
     generator = np.random.default_rng(0)
     ids = generator.integers(0, engine.facts.vocabulary_size, 2 * max(_LENGTHS)).tolist()
     closing = ids[:_CLOSING]
@@ -105,15 +105,15 @@ def _check_numbers(captured: Captured) -> None:
 
 
 def _check_closed_prefixes(captured: Captured, tolerance: float) -> None:
-    """The whole response is its own last prefix, and every probe is closed."""
+    """The last closed prefix is the whole response, so it must have the response's own score."""
     closed = captured.prefixes.get("closed")
     if closed is not None and abs(float(closed.after[-1]) - captured.reward) > tolerance * max(1, abs(captured.reward)):
         raise ModelError("the self-check got another score for a response than for the closed prefix that is all of it")
 
 
-def _check_batch_invariance(together: Sequence[Captured], alone: Sequence[Captured], tolerance: float) -> None:
+def _check_batch_invariance(batched: Sequence[Captured], alone: Sequence[Captured], tolerance: float) -> None:
     largest = max(1.0, *(abs(captured.reward) for captured in alone))
-    for first, second in zip(together, alone, strict=True):
+    for first, second in zip(batched, alone, strict=True):
         moved = abs(first.reward - second.reward)
         for mode, prefixes in first.prefixes.items():
             moved = max(moved, float(np.abs(prefixes.after - second.prefixes[mode].after).max(initial=0)))

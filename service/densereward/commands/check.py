@@ -1,4 +1,4 @@
-"""`densereward check`: would this model's numbers be wrong? The looks that `serve` takes at its start, and some more.
+"""`densereward check`: would this model's numbers be wrong? The checks that `serve` makes at its start, and some more.
 
 Exits with 1 where the model would not be served.
 """
@@ -17,14 +17,14 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 from rich.markup import escape
 
-from densereward.checks.examine import Finding, compared, drift, examine
+from densereward.checks.examine import Finding, compare_engines, dtype_drift, examine
 from densereward.checks.loading import load_unchecked
 from densereward.commands import FLAGS
 from densereward.engines.base import Engine, StreamingEngine
 from densereward.engines.torch.adapters import base_of
 from densereward.engines.torch.weights import stored_in_float32
 from densereward.errors import ModelError
-from densereward.scheduling.batch_size import measure_budget
+from densereward.scheduling.batch_size import measure_batch_size
 from densereward.settings import ModelSettings
 
 __all__ = ["Check"]
@@ -38,7 +38,7 @@ _MARKS = {
 
 
 class Check(ModelSettings, cli_prog_name="densereward check", **FLAGS):
-    """Look at a model before it is served: weights, tokenizer, template, numbers, speed."""
+    """Check a model before it is served: weights, tokenizer, template, numbers, speed."""
 
     checked: CliPositionalArg[str | None] = Field(None, description="The model; wins over --model and the environment.")
     json_: bool = Field(False, alias="json", description="One JSON object instead of text.")
@@ -52,11 +52,11 @@ class Check(ModelSettings, cli_prog_name="densereward check", **FLAGS):
         return self
 
     def cli_cmd(self) -> None:
-        """Look, tell, and exit with 1 if the model would not be served."""
+        """Check, print, and exit with 1 if the model would not be served."""
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        findings = list(self._findings() if self.json_ else map(_told, self._findings()))
+        findings = list(self._findings() if self.json_ else map(_print, self._findings()))
         failed = [each.name for each in findings if each.status == "fail"]
         if self.json_:
             source = next(iter(self.sources.values()))
@@ -81,11 +81,11 @@ class Check(ModelSettings, cli_prog_name="densereward check", **FLAGS):
         yield from examine(engine, aligner, self.allow)
         if isinstance(engine, StreamingEngine):
             alike = {"engine": "torch", "engine_arguments": {}, "device": "cpu", "dtype": "float32"}
-            finding = _beside_torch(engine, self.model_copy(update=alike))
+            finding = _compared_with_torch(engine, self.model_copy(update=alike))
             yield finding if finding.name not in self.allow else replace(finding, status="allowed")
         elif engine.facts.dtype != "float32" and self._rounds():
             exact, _ = load_unchecked(self.model_copy(update={"dtype": "float32"}))
-            finding = drift(engine, exact)
+            finding = dtype_drift(engine, exact)
             exact.close()
             yield finding if finding.name not in self.allow else replace(finding, status="allowed")
         yield _speed(engine)
@@ -93,13 +93,13 @@ class Check(ModelSettings, cli_prog_name="densereward check", **FLAGS):
         engine.close()
 
 
-def _beside_torch(engine: Engine, settings: ModelSettings) -> Finding:
+def _compared_with_torch(engine: Engine, settings: ModelSettings) -> Finding:
     """How far an engine is from the torch engine, where that can load the model."""
     try:
         exact, _ = load_unchecked(settings)
     except ModelError as error:
         return Finding("parity", "warning", f"it cannot be compared with the torch engine: {error.message}")
-    finding = compared(engine, exact)
+    finding = compare_engines(engine, exact)
     exact.close()
     return finding
 
@@ -109,9 +109,11 @@ def _speed(engine: Engine) -> Finding:
     if isinstance(engine, StreamingEngine):
         return Finding("speed", "ok", f"a pass holds up to {engine.facts.batch_tokens} tokens, as the engine decides")
     started = time.perf_counter()
-    budget = measure_budget(engine)
+    batch_tokens = measure_batch_size(engine)
     seconds = time.perf_counter() - started
-    return Finding("speed", "ok", f"a pass holds {budget} tokens on {engine.facts.device}, measured in {seconds:.1f} s")
+    return Finding(
+        "speed", "ok", f"a pass holds {batch_tokens} tokens on {engine.facts.device}, measured in {seconds:.1f} s"
+    )
 
 
 def _memory(engine: Engine) -> Finding:
@@ -126,14 +128,14 @@ def _memory(engine: Engine) -> Finding:
     text = f"the weights take {_amount(engine.facts.weights_bytes)}, this process took at most {_amount(most)}"
     if torch.cuda.is_available():
         text += f", on the GPU {_amount(torch.cuda.max_memory_allocated())}"
-    return Finding("memory", "ok", f"{text}; kept prompts come on top (--prompt-cache-bytes)")
+    return Finding("memory", "ok", f"{text}; cached prompts come on top (--prompt-cache-bytes)")
 
 
 def _amount(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def _told(finding: Finding) -> Finding:
+def _print(finding: Finding) -> Finding:
     Console(highlight=False, soft_wrap=True).print(
         f"{_MARKS[finding.status]:<24} {finding.name:<16} {escape(finding.text)}"
     )

@@ -50,9 +50,7 @@ class Demo(ModelSettings, cli_prog_name="densereward demo", **FLAGS):
             console.print(f"POST {url}/token_rewards, {len(samples)} responses, {answer.timing.total_ms:.0f} ms\n")
             for item in answer.data:
                 _show(console, item)
-        console.print(
-            "On green, tokens that earned reward; on red, tokens that lost it; beside a method, its extremes."
-        )
+        console.print("On green, tokens that earned reward; on red, tokens that lost it; at the right, the extremes.")
         console.print("To keep a server running: densereward serve")
 
 
@@ -63,8 +61,8 @@ def _server(model: ModelSettings) -> Iterator[str]:
     Raises:
         ModelError: the model cannot be served.
     """
-    knobs = model.model_dump(include=set(ModelSettings.model_fields))
-    settings = ServerSettings(**knobs, api_key=None, log_level="warning")
+    given = model.model_dump(include=set(ModelSettings.model_fields))
+    settings = ServerSettings(**given, api_key=None, log_level="warning")
     server = make_server(settings)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
@@ -83,7 +81,7 @@ def _server(model: ModelSettings) -> Iterator[str]:
 
 
 def _show(console: Console, item: SampleTokenRewards) -> None:
-    """One response a line per method, each token on a ground that says what it earned."""
+    """One line per method, each token on a background that shows its reward."""
     console.print(f"reward [bold]{item.reward:+.2f}[/bold]")
     tokens = item.tokens or []
     for method, rewards in item.token_rewards.items():

@@ -53,7 +53,7 @@ class Score(ModelSettings, cli_prog_name="densereward score", **FLAGS):
             sys.exit(f"not scored: {failed} of the samples; `error` in {self.output} says why")
 
     async def _score(self) -> int:
-        # No measured budget: a run that goes on where it stopped must batch as before.
+        # No measured batch size: a run that goes on where it stopped must batch as before.
         service = Service(self.model_copy(update={"max_queue_tokens": sys.maxsize}), repeatable=True)
         await service.start()
         try:

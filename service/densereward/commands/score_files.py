@@ -12,13 +12,13 @@ import orjson
 from pydantic import ValidationError
 
 from densereward.errors import DenseRewardError, InvalidRequest
-from densereward.server.validation import invalid, problems_of
+from densereward.server.validation import errors_in, invalid_request
 from densereward_client.wire import Sample
 
 __all__ = ["CHUNK", "ScoredLines", "count_samples", "read_samples", "write_parquet"]
 
 CHUNK = 256
-"""Samples that are scored together. A number's last digits may depend on that company."""
+"""Samples that are scored together; the last digits of a number may depend on its batch."""
 
 _FOREIGN = "remove the file, or write to another"
 
@@ -44,8 +44,8 @@ def _sample(line: bytes) -> Sample | DenseRewardError:
     try:
         return Sample.model_validate_json(line)
     except ValidationError as error:
-        problems = problems_of(error)
-    return invalid(problems, sample=None if problems[0]["type"] == "json_invalid" else orjson.loads(line))
+        errors = errors_in(error)
+    return invalid_request(errors, sample=None if errors[0]["type"] == "json_invalid" else orjson.loads(line))
 
 
 class ScoredLines:

@@ -1,7 +1,6 @@
-"""Where a response can be cut: at the ends of its sentences, and where the trainer's own tokens begin.
+"""Where a response can be divided: at the ends of its sentences or words, and where the trainer's own tokens begin.
 
-A cut is given as the number of the reward model's tokens before it. A token that lies across a cut belongs to what is
-before it.
+A boundary is the number of the reward model's tokens before it. A token that lies across a boundary is before it.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ codecs.register_error(_QUESTION_MARKS, lambda error: ("?" * (error.end - error.s
 
 
 class TextBoundaries:
-    """One response's.
+    """The boundaries in one response's text.
 
     Args:
-        text: reads its bytes, when they are first needed.
+        text: gives its bytes, when they are first needed.
         spans: [start, end) of the reward model's tokens in them.
         slot_spans: likewise of the trainer's; None where it uses the reward model's.
     """
@@ -50,8 +49,8 @@ class TextBoundaries:
         found = sentencex.get_sentence_boundaries(_LANGUAGE, text)
         ends = [each["start_index"] + len(text[each["start_index"] : each["end_index"]].rstrip()) for each in found]
         written = [end for end, each in zip(ends, found, strict=True) if end > each["start_index"]]
-        cuts = {bisect_left(self._starts, byte_at[end]) for end in written}
-        return sorted({*cuts - {0}, len(self._starts)})
+        boundaries = {bisect_left(self._starts, byte_at[end]) for end in written}
+        return sorted({*boundaries - {0}, len(self._starts)})
 
     @cached_property
     def words(self) -> list[int]:

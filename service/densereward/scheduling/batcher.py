@@ -1,8 +1,8 @@
-"""A queue in front of the engine: whoever waits together runs together, up to a budget of work.
+"""Batches sequences in front of the engine: what waits at the same time runs in one pass, up to the batch size.
 
-There is no window to wait for: an idle engine starts at once on whatever is there, a busy one finds a full batch when
-it comes back. Who runs next is decided in `lines`. Work whose caller left is dropped before it runs. All state belongs
-to the event loop; the engine runs in one thread of its own.
+There is no time window. An idle engine starts at once on whatever waits, and a busy one finds a full batch when its
+pass is over. `queue` chooses what runs next. Work whose caller left is dropped before it runs. All state belongs to the
+event loop; the engine runs in a thread of its own.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from densereward.capture import Captured, ScoringInput
 from densereward.engines.base import Engine
 from densereward.errors import EngineFailure, NotReady, Overloaded, TooLarge
 from densereward.metrics import Metrics
-from densereward.scheduling.cost import Bill, Price, price
-from densereward.scheduling.queue import Lines, Scored, Waiting
+from densereward.scheduling.cost import BatchCost, SequenceCost, cost_of
+from densereward.scheduling.queue import Queue, Scored, Waiting
 
 __all__ = ["Batcher", "Scored", "as_failure"]
 
 _MANY = 512
-"""Sequences of one call that are priced in a thread."""
+"""A call with more sequences has their cost counted in a thread."""
 
 _SHORTEST_WAIT = 0.1
 """Seconds that a refused caller is told to wait at least."""
@@ -33,7 +33,7 @@ class Batcher:
 
     Args:
         engine: what runs the batches.
-        max_batch_tokens: work in one forward pass, in tokens' worth (see `cost`); a sequence beyond it runs by itself.
+        max_batch_tokens: work in one forward pass, in tokens' worth (see `cost`); a larger sequence runs by itself.
         max_queue_tokens: tokens that may wait; a request beyond that is refused.
         metrics: where queue and batches are counted.
     """
@@ -43,7 +43,7 @@ class Batcher:
         self._max_batch_tokens = max_batch_tokens
         self.max_queue_tokens = max_queue_tokens
         self._metrics = metrics
-        self._lines = Lines(max_batch_tokens, engine.facts.pair_cost, metrics)
+        self._queue = Queue(max_batch_tokens, engine.facts.pair_cost, metrics)
         self._speed = _Speed()
         self._arrived = asyncio.Event()
         self._closing = False
@@ -63,34 +63,34 @@ class Batcher:
             NotReady: the server is shutting down.
             EngineDied: nothing can be scored any more.
         """
-        if len(sequences) > _MANY:  # pricing them would hold the loop for long
-            prices = await asyncio.to_thread(self._priced, sequences)
+        if len(sequences) > _MANY:  # counting their cost would block the loop for long
+            costs = await asyncio.to_thread(self._costs, sequences)
         else:
-            prices = self._priced(sequences)
-        waiting = self._waiting(sequences, prices)
-        self._admit(sum(each.held for each in waiting))
-        line = self._lines.join(waiting, priority)
+            costs = self._costs(sequences)
+        waiting = self._waiting(sequences, costs)
+        self._admit(sum(each.queued_tokens for each in waiting))
+        call = self._queue.join(waiting, priority)
         self._arrived.set()
         try:
             results = await asyncio.gather(*(each.future for each in waiting), return_exceptions=True)
         except asyncio.CancelledError:
-            self._lines.leave(line)
+            self._queue.leave(call)
             raise
         return [_scored_or_failure(result) for result in results]
 
-    def _priced(self, sequences: Sequence[ScoringInput]) -> list[Price]:
-        """What each adds to a batch; a prompt that several begin with is kept once."""
+    def _costs(self, sequences: Sequence[ScoringInput]) -> list[SequenceCost]:
+        """The cost of each; a prompt that several begin with is stored once."""
         prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
-        return [price(sequence, prompts, shares=self._engine.facts.shares_prompts) for sequence in sequences]
+        return [cost_of(sequence, prompts, shares=self._engine.facts.shares_prompts) for sequence in sequences]
 
-    def _waiting(self, sequences: Sequence[ScoringInput], prices: Sequence[Price]) -> list[Waiting]:
-        """The sequences with what each adds to a batch, and to the queue: there, too, a prompt counts once a call."""
+    def _waiting(self, sequences: Sequence[ScoringInput], costs: Sequence[SequenceCost]) -> list[Waiting]:
+        """The sequences with their cost in a batch and in the queue, where a prompt counts once a call, too."""
         loop = asyncio.get_running_loop()
         now = time.perf_counter()
-        bill = Bill(self._engine.facts.pair_cost)
+        cost = BatchCost(self._engine.facts.pair_cost)
         return [
-            Waiting(sequence, item, bill.add(item).tokens, loop.create_future(), now)
-            for sequence, item in zip(sequences, prices, strict=True)
+            Waiting(sequence, item, cost.add(item).tokens, loop.create_future(), now)
+            for sequence, item in zip(sequences, costs, strict=True)
         ]
 
     async def close(self) -> None:
@@ -109,11 +109,11 @@ class Batcher:
                 tokens=tokens,
                 limit=self.max_queue_tokens,
             )
-        beyond = self._lines.tokens + tokens - self.max_queue_tokens
+        beyond = self._queue.tokens + tokens - self.max_queue_tokens
         if beyond > 0:
             wait = max(self._speed.seconds(beyond), _SHORTEST_WAIT)
             raise Overloaded(
-                f"{self._lines.tokens} tokens are waiting and the queue holds {self.max_queue_tokens}; try again in "
+                f"{self._queue.tokens} tokens are waiting and the queue holds {self.max_queue_tokens}; try again in "
                 f"{wait:.1f} s",
                 retry_after=wait,
                 tokens=tokens,
@@ -124,7 +124,7 @@ class Batcher:
         while True:
             await self._arrived.wait()
             self._arrived.clear()
-            while batch := self._lines.next_batch():
+            while batch := self._queue.next_batch():
                 await self._run(batch)
             if self._closing:
                 return
@@ -152,22 +152,22 @@ class Batcher:
 
     def _deliver(self, batch: Sequence[Waiting], captured: Sequence[Captured], started: float) -> None:
         seconds = time.perf_counter() - started
-        self._speed.add(sum(each.held for each in batch), seconds)
+        self._speed.add(sum(each.queued_tokens for each in batch), seconds)
         self._count(batch, seconds)
         for each, result in zip(batch, captured, strict=True):
             if not each.future.done():
                 each.future.set_result(Scored(result, started - each.since, seconds))
 
     def _count(self, batch: Sequence[Waiting], seconds: float) -> None:
-        bill = Bill(self._engine.facts.pair_cost)
+        cost = BatchCost(self._engine.facts.pair_cost)
         for each in batch:
-            bill.add(each.price)
-        tokens = bill.total.tokens
+            cost.add(each.cost)
+        tokens = cost.total.tokens
         self._metrics.batch(
             sequences=len(batch),
             tokens=tokens,
             shared=sum(each.sequence.forward_tokens for each in batch) - tokens,
-            fill=bill.work / self._max_batch_tokens,
+            fill=cost.work / self._max_batch_tokens,
             seconds=seconds,
         )
 

@@ -1,7 +1,7 @@
-"""A queue in front of an engine that decides by itself what runs together.
+"""Hands sequences over to an engine that makes its own batches, as vLLM does.
 
-The engine always has about two passes' worth: one to run and one to choose from. All else waits here, where turns are
-taken between callers and whoever leaves costs nothing; what is with the engine is taken out of it again.
+The engine always has about two passes' worth: one to run and one to choose from. All else waits here, where callers
+take turns and a caller that leaves costs nothing. What the engine has of such a caller is taken out of it again.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from densereward.metrics import Metrics
 from densereward.scheduling.batcher import Batcher, as_failure
 from densereward.scheduling.queue import Scored, Waiting
 
-__all__ = ["Stream", "queue_for"]
+__all__ = ["HandoverBatcher", "batcher_for"]
 
 _PASSES = 2
-"""Passes' worth of sequences that the engine holds."""
+"""Passes' worth of sequences that are with the engine."""
 
 
-def queue_for(
+def batcher_for(
     engine: Engine,
     *,
     max_batch_tokens: int,
@@ -32,15 +32,15 @@ def queue_for(
     metrics: Metrics,
     on_death: Callable[[EngineDied], None] = lambda _: None,
 ) -> Batcher:
-    """The queue that suits an engine; `Batcher` and `Stream` say what the limits mean to them."""
+    """The batcher that suits an engine; `Batcher` and `HandoverBatcher` say what the limits mean to them."""
     limits = {"max_batch_tokens": max_batch_tokens, "max_queue_tokens": max_queue_tokens}
     if isinstance(engine, StreamingEngine):
-        return Stream(engine, **limits, metrics=metrics, on_death=on_death)
+        return HandoverBatcher(engine, **limits, metrics=metrics, on_death=on_death)
     return Batcher(engine, **limits, metrics=metrics)
 
 
-class Stream(Batcher):
-    """Owns the queue and hands it over as the engine gets through it.
+class HandoverBatcher(Batcher):
+    """Owns the queue, and hands sequences over as the engine finishes others.
 
     Args:
         engine: what scores the sequences.
@@ -75,11 +75,13 @@ class Stream(Batcher):
         super()._admit(tokens)
 
     async def _work(self) -> None:
-        room = (_PASSES - 1) * self._max_batch_tokens  # what may be there when another pass's worth is handed over
+        room = (
+            _PASSES - 1
+        ) * self._max_batch_tokens  # what the engine may still have when another pass's worth is handed over
         while True:
             await self._arrived.wait()
             self._arrived.clear()
-            while self._tokens_running <= room and (batch := self._lines.next_batch()):
+            while self._tokens_running <= room and (batch := self._queue.next_batch()):
                 for each in batch:
                     self._hand_over(each)
             if self._closing and not self._running:
@@ -96,18 +98,18 @@ class Stream(Batcher):
             each.future.set_exception(as_failure(error))
             return
         self._running[given] = each
-        self._tokens_running += each.held
+        self._tokens_running += each.queued_tokens
         given.add_done_callback(lambda done: self._take_back(done, each, started))
-        # Whoever leaves takes the sequence along.
+        # A caller that leaves takes its sequence out of the engine.
         each.future.add_done_callback(lambda future: given.cancel() if future.cancelled() else None)
 
     def _take_back(self, given: asyncio.Future[Captured], each: Waiting, started: float) -> None:
         del self._running[given]
-        self._tokens_running -= each.held
+        self._tokens_running -= each.queued_tokens
         self._arrived.set()
         now = time.perf_counter()
         if not given.cancelled():
-            self._speed.add(each.held, now - max(started, self._last_back))  # others ran in the same time
+            self._speed.add(each.queued_tokens, now - max(started, self._last_back))  # others ran in the same time
             self._last_back = now
         if each.future.done():
             return
@@ -119,12 +121,12 @@ class Stream(Batcher):
             each.future.set_result(Scored(given.result(), started - each.since, now - started))
 
     def _die(self, death: Future[EngineDied]) -> None:
-        """Nothing will be scored any more: whoever waits is told, and so is the server."""
+        """Nothing will be scored any more: fail all that waits, and tell the server."""
         if death.cancelled() or self._closing:
             return
         self._dead = death.result()
         waiting = list(self._running.values())
-        while batch := self._lines.next_batch():
+        while batch := self._queue.next_batch():
             waiting += batch
         for each in waiting:
             if not each.future.done():
@@ -135,5 +137,5 @@ class Stream(Batcher):
 
 
 def _again(error: EngineDied) -> EngineDied:
-    """One for each caller, whose request's id it will carry."""
+    """A new error for each caller, since it will carry the request's id."""
     return EngineDied(error.message, retry_after=error.retry_after)

@@ -1,11 +1,11 @@
-"""Who waits, and who runs next: fair among callers, whole among prompts, full up to a budget.
+"""What waits, and what runs next: fair among callers, prompts together, batches full.
 
-Every call is a line of its own, and lines of a lower priority number come before all of a higher one. A batch begins
-with the line whose turn it is, so that nobody of its priority is passed over for ever, and goes on round the lines with
-whatever still fits. What does not fit stays where it is and blocks nobody. Whoever is taken brings along what waits
-with the same prompt, since that only costs what follows the prompt.
+Each call to the server has its own place in the queue. Calls with a lower priority number come first. A batch begins
+with the call whose turn it is, so no call of its priority waits for ever. It is then filled in turn from all calls with
+whatever still fits. What does not fit stays where it is and blocks nobody. A sequence that is taken brings the other
+sequences with its prompt into the batch: the prompt runs once, so they cost only what follows it.
 
-Nothing here looks at all that waits: a visit looks at a few sequences, a batch gives up after some lines in vain.
+No step looks at all that waits: it looks at a few sequences of a call, and a batch gives up after some calls in vain.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from itertools import chain, islice
 
 from densereward.capture import Captured, ScoringInput
 from densereward.metrics import Metrics
-from densereward.scheduling.cost import Bill, Price
+from densereward.scheduling.cost import BatchCost, SequenceCost
 
-__all__ = ["Line", "Lines", "Scored", "Waiting"]
+__all__ = ["Call", "Queue", "Scored", "Waiting"]
 
-_LOOKS = 4
-"""Prompts of a line, and sequences of a prompt, that a visit looks at before it goes on."""
+_CANDIDATES = 4
+"""Prompts of a call, and sequences of a prompt, that are tried before the next call has its turn."""
 
-_PATIENCE = 64
-"""Lines that a batch visits in vain before it is called full."""
+_MAX_MISSES = 64
+"""Calls tried in vain before a batch counts as full."""
 
-_MATES = 64
-"""Other callers' bunches that one sequence brings along."""
+_MAX_SAME_PROMPT = 64
+"""Other calls whose sequences with the same prompt join a batch at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,30 +47,30 @@ class Waiting:
 
     Attributes:
         sequence: the sequence.
-        price: what it adds to a batch.
-        held: tokens of the queue that it takes up; a prompt that a call repeats is held once.
+        cost: what it adds to a batch.
+        queued_tokens: tokens of the queue that it takes up; a prompt that a call repeats counts once.
         future: its result; done while it waits means that the caller left.
         since: when it came, in seconds of the batcher's clock.
     """
 
     sequence: ScoringInput
-    price: Price
-    held: int
+    cost: SequenceCost
+    queued_tokens: int
     future: asyncio.Future[Scored]
     since: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Bunch:
-    """Sequences of one line with one prompt, in their order."""
+class _PromptGroup:
+    """Sequences of one call with the same prompt, in their order."""
 
-    line: Line
+    call: Call
     prompt_ids: tuple[int, ...]
     waiting: deque[Waiting] = field(default_factory=deque)
 
     def take(self, batch: _Batch, limit: float) -> Waiting | None:
         """The first of the next few that fits."""
-        for i, each in enumerate(islice(self.waiting, _LOOKS)):
+        for i, each in enumerate(islice(self.waiting, _CANDIDATES)):
             if batch.fits(each, limit):
                 del self.waiting[i]
                 return each
@@ -78,66 +78,66 @@ class _Bunch:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Line:
-    """What waits of one call, bunch after bunch.
+class Call:
+    """What waits of one call, by prompt.
 
     Attributes:
         priority: of the call; lower numbers come first.
     """
 
     priority: int = 0
-    bunches: OrderedDict[_Bunch, None] = field(default_factory=OrderedDict)
+    groups: OrderedDict[_PromptGroup, None] = field(default_factory=OrderedDict)
 
     @property
     def abandoned(self) -> bool:
         """Whether the caller left; all the futures of a call are cancelled together."""
-        return any(bunch.waiting[0].future.done() for bunch in islice(self.bunches, 1))
+        return any(group.waiting[0].future.done() for group in islice(self.groups, 1))
 
 
-class _Turns:
-    """Whose turn it is: among the lines of the lowest priority number, one after the other."""
+class _RoundRobin:
+    """Whose turn it is: the calls of the lowest priority number, one after the other."""
 
     def __init__(self) -> None:
-        self._levels: dict[int, OrderedDict[Line, None]] = {}
+        self._levels: dict[int, OrderedDict[Call, None]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._levels.values()))
 
-    def __contains__(self, line: Line) -> bool:
-        return line in self._levels.get(line.priority, ())
+    def __contains__(self, call: Call) -> bool:
+        return call in self._levels.get(call.priority, ())
 
-    def first(self) -> Line:
+    def first(self) -> Call:
         return next(iter(self._levels[min(self._levels)]))
 
-    def to_end(self, line: Line) -> None:
-        """To the end of its level, whether it was there before or not."""
-        level = self._levels.setdefault(line.priority, OrderedDict())
-        level[line] = None
-        level.move_to_end(line)
+    def to_end(self, call: Call) -> None:
+        """To the end of its priority level, whether it was there before or not."""
+        level = self._levels.setdefault(call.priority, OrderedDict())
+        level[call] = None
+        level.move_to_end(call)
 
-    def to_front(self, line: Line) -> None:
-        self.to_end(line)
-        self._levels[line.priority].move_to_end(line, last=False)
+    def to_front(self, call: Call) -> None:
+        self.to_end(call)
+        self._levels[call.priority].move_to_end(call, last=False)
 
-    def remove(self, line: Line) -> None:
-        if line in self:
-            level = self._levels[line.priority]
-            del level[line]
+    def remove(self, call: Call) -> None:
+        if call in self:
+            level = self._levels[call.priority]
+            del level[call]
             if not level:
-                del self._levels[line.priority]
+                del self._levels[call.priority]
 
 
 class _Batch:
-    """What is taken so far, sequences with one prompt side by side."""
+    """What is taken so far, sequences with the same prompt side by side."""
 
     def __init__(self, budget: float, pair_cost: float) -> None:
         self._budget = budget
-        self._bill = Bill(pair_cost)
+        self._cost = BatchCost(pair_cost)
         self._taken: dict[tuple[int, ...], list[Waiting]] = {}
 
     @property
     def work(self) -> float:
-        return self._bill.work
+        return self._cost.work
 
     @property
     def full(self) -> bool:
@@ -149,132 +149,132 @@ class _Batch:
 
     def fits(self, each: Waiting, limit: float) -> bool:
         """Whether it leaves the work within a limit; the first of a batch always fits."""
-        return not self._taken or self._bill.fits(each.price, limit)
+        return not self._taken or self._cost.fits(each.cost, limit)
 
     def add(self, each: Waiting) -> None:
-        self._bill.add(each.price)
-        self._taken.setdefault(each.price.prompt_ids, []).append(each)
+        self._cost.add(each.cost)
+        self._taken.setdefault(each.cost.prompt_ids, []).append(each)
 
 
-class Lines:
-    """All that waits.
+class Queue:
+    """All that waits for the engine.
 
     Args:
         budget: work in one batch, in tokens' worth; a sequence beyond it is a batch by itself.
-        pair_cost: what one query looking at one key costs, in tokens' worth.
+        pair_cost: what a query and a key cost, in tokens' worth.
         metrics: where what waits is counted, and what was dropped.
 
     Attributes:
-        tokens: held by all that waits.
+        tokens: of all that waits.
     """
 
     def __init__(self, budget: int, pair_cost: float, metrics: Metrics) -> None:
         self._budget = float(budget)
         self._pair_cost = pair_cost
         self._metrics = metrics
-        self._beginners = _Turns()  # to begin a batch
-        self._round = _Turns()  # in filling one
-        self._bunches: dict[tuple[int, ...], OrderedDict[_Bunch, None]] = {}  # of all lines, by prompt
+        self._to_begin = _RoundRobin()  # whose turn it is to begin a batch
+        self._to_fill = _RoundRobin()  # whose turn it is to fill one
+        self._groups: dict[tuple[int, ...], OrderedDict[_PromptGroup, None]] = {}  # of all calls, by prompt
         self.tokens = 0
 
-    def join(self, waiting: Sequence[Waiting], priority: int = 0) -> Line:
-        """A new line, behind all others of its priority."""
-        line = Line(priority)
-        bunches: dict[tuple[int, ...], _Bunch] = {}
+    def join(self, waiting: Sequence[Waiting], priority: int = 0) -> Call:
+        """Add a call, behind all others of its priority."""
+        call = Call(priority)
+        groups: dict[tuple[int, ...], _PromptGroup] = {}
         for each in waiting:
-            prompt_ids = each.price.prompt_ids
-            bunches.setdefault(prompt_ids, _Bunch(line, prompt_ids)).waiting.append(each)
-        for bunch in bunches.values():
-            line.bunches[bunch] = None
-            if bunch.prompt_ids:
-                self._bunches.setdefault(bunch.prompt_ids, OrderedDict())[bunch] = None
-        if bunches:
-            self._beginners.to_end(line)
-            self._round.to_end(line)
-        self._count(len(waiting), sum(each.held for each in waiting))
-        return line
+            prompt_ids = each.cost.prompt_ids
+            groups.setdefault(prompt_ids, _PromptGroup(call, prompt_ids)).waiting.append(each)
+        for group in groups.values():
+            call.groups[group] = None
+            if group.prompt_ids:
+                self._groups.setdefault(group.prompt_ids, OrderedDict())[group] = None
+        if groups:
+            self._to_begin.to_end(call)
+            self._to_fill.to_end(call)
+        self._count(len(waiting), sum(each.queued_tokens for each in waiting))
+        return call
 
-    def leave(self, line: Line) -> None:
-        """Drop what still waits of a line whose caller left."""
-        left = [each for bunch in line.bunches for each in bunch.waiting]
-        for bunch in list(line.bunches):
-            bunch.waiting.clear()
-            self._remove(bunch)
-        self._count(-len(left), -sum(each.held for each in left))
+    def leave(self, call: Call) -> None:
+        """Drop what still waits of a call whose caller left."""
+        left = [each for group in call.groups for each in group.waiting]
+        for group in list(call.groups):
+            group.waiting.clear()
+            self._remove(group)
+        self._count(-len(left), -sum(each.queued_tokens for each in left))
         self._metrics.dropped(len(left))
 
     def next_batch(self) -> list[Waiting]:
-        """What runs next, and waits no longer; empty if nothing waits."""
+        """Take the sequences that run next; empty if nothing waits."""
         batch = _Batch(self._budget, self._pair_cost)
-        while self._beginners and not batch.taken:
-            line = self._beginners.first()
-            self._beginners.to_end(line)
-            self._visit(line, batch)
+        while self._to_begin and not batch.taken:
+            call = self._to_begin.first()
+            self._to_begin.to_end(call)
+            self._visit(call, batch)
         self._fill(batch)
         taken = batch.taken
-        self._count(-len(taken), -sum(each.held for each in taken))
+        self._count(-len(taken), -sum(each.queued_tokens for each in taken))
         return taken
 
     def _fill(self, batch: _Batch) -> None:
-        """Go round the lines: who is served goes to the end, who is passed over will be asked first next time."""
-        passed: list[Line] = []
-        served: set[Line] = set()
-        while self._round and not batch.full and len(passed) < _PATIENCE:
-            line = self._round.first()
-            if self._visit(line, batch):
-                served.add(line)
-            elif line in self._round:
-                self._round.remove(line)
-                passed.append(line)
-        passed = [line for line in passed if line.bunches]  # others' mates may have taken along all that waited
-        for line in passed:
-            self._round.to_end(line)
-        for line in reversed(passed):
-            if line not in served:
-                self._round.to_front(line)
+        """Take from the calls in turn: a call that is served goes to the end, one that is passed over to the front."""
+        passed: list[Call] = []
+        served: set[Call] = set()
+        while self._to_fill and not batch.full and len(passed) < _MAX_MISSES:
+            call = self._to_fill.first()
+            if self._visit(call, batch):
+                served.add(call)
+            elif call in self._to_fill:
+                self._to_fill.remove(call)
+                passed.append(call)
+        passed = [call for call in passed if call.groups]  # their last sequence may have joined another's prompt
+        for call in passed:
+            self._to_fill.to_end(call)
+        for call in reversed(passed):
+            if call not in served:
+                self._to_fill.to_front(call)
 
-    def _visit(self, line: Line, batch: _Batch) -> bool:
-        """Take the line's next sequence that fits, with what has the same prompt; False if none does."""
-        if line.abandoned:
-            self.leave(line)
+    def _visit(self, call: Call, batch: _Batch) -> bool:
+        """Take the call's next sequence that fits, with all that has the same prompt; False if none fits."""
+        if call.abandoned:
+            self.leave(call)
             return False
-        for bunch in list(islice(line.bunches, _LOOKS)):
-            if self._take(bunch, batch, self._budget):
-                self._bring_along(bunch, batch)
-                if line in self._round:
-                    self._round.to_end(line)
+        for group in list(islice(call.groups, _CANDIDATES)):
+            if self._take(group, batch, self._budget):
+                self._take_same_prompt(group, batch)
+                if call in self._to_fill:
+                    self._to_fill.to_end(call)
                 return True
         return False
 
-    def _bring_along(self, bunch: _Bunch, batch: _Batch) -> None:
-        """Take what has the same prompt, the same line first; at most half a batch at once while others wait."""
-        limit = min(self._budget, batch.work + self._budget / 2) if len(self._round) > 1 else self._budget
-        for mate in [bunch, *islice(self._bunches.get(bunch.prompt_ids, ()), _MATES)]:
-            if mate.line.abandoned:
-                self.leave(mate.line)
-            while self._take(mate, batch, limit):
+    def _take_same_prompt(self, group: _PromptGroup, batch: _Batch) -> None:
+        """Take what has the same prompt, the same call first; at most half a batch at once while other calls wait."""
+        limit = min(self._budget, batch.work + self._budget / 2) if len(self._to_fill) > 1 else self._budget
+        for other in [group, *islice(self._groups.get(group.prompt_ids, ()), _MAX_SAME_PROMPT)]:
+            if other.call.abandoned:
+                self.leave(other.call)
+            while self._take(other, batch, limit):
                 pass
 
-    def _take(self, bunch: _Bunch, batch: _Batch, limit: float) -> bool:
-        """Take a bunch's next sequence that fits."""
-        if (each := bunch.take(batch, limit)) is None:
+    def _take(self, group: _PromptGroup, batch: _Batch, limit: float) -> bool:
+        """Take a group's next sequence that fits; False if none does."""
+        if (each := group.take(batch, limit)) is None:
             return False
         batch.add(each)
-        if not bunch.waiting:
-            self._remove(bunch)
+        if not group.waiting:
+            self._remove(group)
         return True
 
-    def _remove(self, bunch: _Bunch) -> None:
-        """A bunch of which nothing waits any more, and its line if it was the last."""
-        line = bunch.line
-        del line.bunches[bunch]
-        if alike := self._bunches.get(bunch.prompt_ids):
-            del alike[bunch]
+    def _remove(self, group: _PromptGroup) -> None:
+        """Remove an empty group, and its call if it was the call's last."""
+        call = group.call
+        del call.groups[group]
+        if alike := self._groups.get(group.prompt_ids):
+            del alike[group]
             if not alike:
-                del self._bunches[bunch.prompt_ids]
-        if not line.bunches:
-            self._beginners.remove(line)
-            self._round.remove(line)
+                del self._groups[group.prompt_ids]
+        if not call.groups:
+            self._to_begin.remove(call)
+            self._to_fill.remove(call)
 
     def _count(self, sequences: int, tokens: int) -> None:
         self.tokens += tokens

@@ -16,7 +16,7 @@ from densereward.methods.base import Credit
 from densereward.scheduling.batcher import Scored
 from densereward.scoring.placement import Placed, place, slot_boundaries
 from densereward.scoring.plans import Plan
-from densereward.scoring.preparation import Prepared
+from densereward.scoring.preparation import PreparedSample
 from densereward.tokenization.vocabulary import Vocabulary
 from densereward_client.wire import Sample, TokenRewardsRequest, encode_base64
 
@@ -62,7 +62,7 @@ def error_item(index: int, error: DenseRewardError) -> dict[str, Any]:
     return {"index": index, "id": error.details.get("id"), "error": error.as_error()}
 
 
-def reward_item(index: int, sample: Sample, prepared: Prepared, captured: Captured) -> dict[str, Any]:
+def reward_item(index: int, sample: Sample, prepared: PreparedSample, captured: Captured) -> dict[str, Any]:
     """A sample's sequence reward."""
     item = {"index": index, "id": sample.id, "reward": captured.reward, "warnings": list(prepared.aligned.warnings)}
     return item | ({"truncated_prompt_tokens": prepared.aligned.dropped} if prepared.aligned.dropped else {})
@@ -71,7 +71,7 @@ def reward_item(index: int, sample: Sample, prepared: Prepared, captured: Captur
 def token_rewards_item(
     index: int,
     sample: Sample,
-    prepared: Prepared,
+    prepared: PreparedSample,
     captured: Captured,
     *,
     variants: Sequence[Sequence[Captured]],
@@ -104,7 +104,7 @@ def token_rewards_item(
     return item | _included(request, prepared, captured, vocabulary, encode)
 
 
-def _credit(plan: Plan, prepared: Prepared, captured: Captured) -> Credit:
+def _credit(plan: Plan, prepared: PreparedSample, captured: Captured) -> Credit:
     """The method's credit; without a response token, all of R on the last slot."""
     if captured.length:
         return plan.method.credit(captured, prepared.response, plan.params)
@@ -118,7 +118,7 @@ def _credit(plan: Plan, prepared: Prepared, captured: Captured) -> Credit:
 
 
 def _included(
-    request: TokenRewardsRequest, prepared: Prepared, captured: Captured, vocabulary: Vocabulary, encode: Encode
+    request: TokenRewardsRequest, prepared: PreparedSample, captured: Captured, vocabulary: Vocabulary, encode: Encode
 ) -> dict[str, Any]:
     included: dict[str, Any] = {}
     if "tokens" in request.include:
@@ -153,7 +153,7 @@ def method_details(plan: Plan, credit: Credit, placed: Placed) -> dict[str, floa
     return details
 
 
-def _segments(credit: Credit, prepared: Prepared) -> dict[str, list[Any]]:
+def _segments(credit: Credit, prepared: PreparedSample) -> dict[str, list[Any]]:
     """A method's segments on the trainer's tokens, and which of these to keep, as far as it says so."""
     if not credit.segments:
         return {}

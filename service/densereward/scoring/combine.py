@@ -11,7 +11,7 @@ from typing import Any
 from densereward.capture import Span
 from densereward.errors import DenseRewardError, InvalidRequest
 from densereward.scoring.pipeline import Pipeline, Samples, Scores, Work
-from densereward.scoring.preparation import Prepared
+from densereward.scoring.preparation import PreparedSample
 from densereward_client.wire import Sample
 
 __all__ = ["all_scores", "merged", "on_the_same_tokens"]
@@ -20,7 +20,7 @@ _SUMMED = ("prompt_tokens", "response_tokens", "forward_tokens")
 
 
 def on_the_same_tokens(
-    samples: Samples, prepared: Sequence[Prepared | DenseRewardError], first: Pipeline, other: Pipeline
+    samples: Samples, prepared: Sequence[PreparedSample | DenseRewardError], first: Pipeline, other: Pipeline
 ) -> list[Sample | DenseRewardError]:
     """The samples for another model, its rewards wanted on the trainer's spans, or else on the first model's tokens.
 
@@ -30,7 +30,7 @@ def on_the_same_tokens(
 
 
 def _shared(
-    sample: Sample | DenseRewardError, prepared: Prepared | DenseRewardError, first: Pipeline, other: Pipeline
+    sample: Sample | DenseRewardError, prepared: PreparedSample | DenseRewardError, first: Pipeline, other: Pipeline
 ) -> Sample | DenseRewardError:
     if isinstance(sample, DenseRewardError):
         return copy(sample)  # each model writes the sample's place into its own

@@ -12,7 +12,7 @@ import numpy as np
 from densereward.capture import Captured
 from densereward.errors import DenseRewardError, EngineFailure
 from densereward.scheduling.batcher import Scored
-from densereward.scoring.preparation import Prepared
+from densereward.scoring.preparation import PreparedSample
 from densereward.scoring.reencoding import join_prefixes
 
 __all__ = ["Outcome", "checked_finite", "take_outcome"]
@@ -28,7 +28,7 @@ class Outcome:
     variants: Sequence[Sequence[Captured]]
 
 
-def take_outcome(prepared: Prepared, results: Iterator[Result]) -> Outcome | EngineFailure:
+def take_outcome(prepared: PreparedSample, results: Iterator[Result]) -> Outcome | EngineFailure:
     """Take one sample's results, in the order in which its sequences were queued. The first failure stands for all."""
     own = next(results)
     variants = [list(islice(results, len(sequences))) for sequences in prepared.variants]

@@ -22,7 +22,7 @@ from densereward.scoring.combine import all_scores, merged, on_the_same_tokens
 from densereward.scoring.pipeline import Pipeline, Samples, Scores, Work
 from densereward.scoring.placement import place
 from densereward.scoring.plans import Plan
-from densereward.scoring.preparation import Prepared
+from densereward.scoring.preparation import PreparedSample
 from densereward_client.wire import MethodAvailability, MethodRequest, ModelCard, RewardsRequest, TokenRewardsRequest
 
 __all__ = ["PairedPipeline", "card_beside"]
@@ -116,7 +116,7 @@ class PairedPipeline:
         self,
         work: _Works,
         plans: Sequence[Plan],
-        prepared: Prepared | DenseRewardError,
+        prepared: PreparedSample | DenseRewardError,
         own: dict[str, Any],
         of_pair: dict[str, Any],
     ) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class PairedPipeline:
         return item | {"token_rewards": token_rewards, "baseline": baseline}
 
 
-def _without_reward(prepared: Prepared | DenseRewardError) -> Prepared | DenseRewardError:
+def _without_reward(prepared: PreparedSample | DenseRewardError) -> PreparedSample | DenseRewardError:
     """The sample without the pair's own reward, where that spares a pass of the reference."""
     if isinstance(prepared, DenseRewardError) or prepared.sequence.needs != {LogProbabilities()}:
         return prepared

@@ -33,7 +33,7 @@ from densereward.scoring.auxiliary import check_auxiliary
 from densereward.scoring.model_card import card_of, fingerprint_of
 from densereward.scoring.outcome import Outcome, checked_finite, take_outcome
 from densereward.scoring.plans import Plan, needs_of, plan
-from densereward.scoring.preparation import Prepared, prepare
+from densereward.scoring.preparation import PreparedSample, prepare_sample
 from densereward.scoring.running_deviation import RunningDeviation
 from densereward.tokenization.align import Aligner
 from densereward_client.wire import Message, RewardsRequest, Sample, TokenRewardsRequest
@@ -84,7 +84,7 @@ class Work:
     request: RewardsRequest
     samples: Samples
     plans: Sequence[Plan]
-    prepared: Sequence[Prepared | DenseRewardError]
+    prepared: Sequence[PreparedSample | DenseRewardError]
     started: float
     counted: bool = True
 
@@ -165,9 +165,9 @@ class Pipeline:
         Raises:
             DenseRewardError: what could not be served, and what to do next.
         """
-        sequences = [[each.sequence, *each.auxiliary] for each in work.prepared if isinstance(each, Prepared)]
+        sequences = [[each.sequence, *each.auxiliary] for each in work.prepared if isinstance(each, PreparedSample)]
         results = iter(await self._batcher.score(list(chain(*sequences)), work.request.priority))
-        return [take_outcome(each, results) if isinstance(each, Prepared) else each for each in work.prepared]
+        return [take_outcome(each, results) if isinstance(each, PreparedSample) else each for each in work.prepared]
 
     def answer(self, work: Work, scores: Scores) -> dict[str, Any]:
         """All that comes after the engine. Blocks; for a thread.
@@ -183,7 +183,7 @@ class Pipeline:
         work = replace(work, plans=self._settled(work.plans, captured))
         items = [self._item(work, index, result) for index, result in enumerate(scored)]
         kind = "token_rewards" if isinstance(work.request, TokenRewardsRequest) else "rewards"
-        prepared = [each for each in work.prepared if isinstance(each, Prepared)]
+        prepared = [each for each in work.prepared if isinstance(each, PreparedSample)]
         sequences = [each.sequence for each in prepared]
         auxiliary = list(chain(*(each.auxiliary for each in prepared)))
         answer = envelope(kind, items, sequences, auxiliary, served, work.started)
@@ -202,8 +202,8 @@ class Pipeline:
 
     def _prepared(
         self, request: RewardsRequest, samples: Samples, plans: Sequence[Plan], needs: frozenset[Need]
-    ) -> list[Prepared | DenseRewardError]:
-        prepared: list[Prepared | DenseRewardError] = []
+    ) -> list[PreparedSample | DenseRewardError]:
+        prepared: list[PreparedSample | DenseRewardError] = []
         tokens = 0
         limit = self._batcher.max_queue_tokens
         for index, sample in enumerate(samples):
@@ -219,10 +219,10 @@ class Pipeline:
 
     def _prepare_one(
         self, sample: Sample | DenseRewardError, plans: Sequence[Plan], needs: frozenset[Need], *, truncate: bool
-    ) -> Prepared:
+    ) -> PreparedSample:
         if isinstance(sample, DenseRewardError):
             raise sample
-        return prepare(
+        return prepare_sample(
             sample,
             plans,
             needs,
@@ -242,7 +242,7 @@ class Pipeline:
         sample, prepared = work.samples[index], work.prepared[index]
         if isinstance(result, DenseRewardError):
             return error_item(index, result)
-        if not (isinstance(sample, Sample) and isinstance(prepared, Prepared)):
+        if not (isinstance(sample, Sample) and isinstance(prepared, PreparedSample)):
             raise TypeError(f"sample {index} was scored and never prepared")
         if not isinstance(work.request, TokenRewardsRequest):
             return reward_item(index, sample, prepared, result.scored.captured)

@@ -1,7 +1,7 @@
-"""From the reward model's tokens to the trainer's: byte spans, the mix with the sparse reward, mask, scale and clip.
+"""Rewards onto the trainer's tokens: byte overlap, the mix with the sparse reward, mask, scale and clip.
 
-Sums are kept in float64 and become float32 at the very end. A slot is one token of the trainer's: a span it sent, or
-the reward model's own token where it sent none. T tokens, L slots.
+Sums are computed in float64 and become float32 at the very end. A slot is one token of the trainer's: a span it sent,
+or the reward model's own token where it sent none. T tokens, L slots.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from densereward.errors import EngineFailure, InvalidRequest
 from densereward.methods.base import Credit, Params
 from densereward_client.wire import Sample
 
-__all__ = ["Placed", "Slots", "check_sum", "place", "slot_boundaries", "slots_of", "spread"]
+__all__ = ["Placed", "Slots", "check_sum", "move_to_spans", "place", "slot_boundaries", "slots_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Where a trainer wants its rewards.
+    """The trainer's tokens, on which it wants its rewards.
 
     Attributes:
         count: L.
@@ -42,11 +42,11 @@ class Slots:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Rewards where the trainer wants them: sum(rewards) + baseline == scale * R.
+    """Rewards on the trainer's tokens: sum(rewards) + baseline == scale * R.
 
     Attributes:
         rewards: one a slot.
-        baseline: what their sum leaves out, what was clipped with it; without a slot, all of it.
+        baseline: what their sum leaves out, clipped parts included; all of R where there is no slot.
         scale: what everything was multiplied by.
         clipped: what was cut off, summed with its signs.
     """
@@ -58,14 +58,14 @@ class Placed:
 
 
 def slots_of(sample: Sample, response_length: int) -> Slots:
-    """Where the rewards go, once every list that names slots has been found to have their number.
+    """Where the rewards go; every list with an entry for each slot must have their number.
 
     Args:
         sample: as the trainer sent it.
         response_length: T.
 
     Raises:
-        InvalidRequest: a list has another number of entries, or spans that are none.
+        InvalidRequest: a list has another number of entries, or spans are not in order.
     """
     spans = sample.response_spans
     if spans is not None:
@@ -102,7 +102,7 @@ def _check_spans(spans: Sequence[Span], size: int, response_length: int) -> None
 
 
 def place(credit: Credit, reward: float, params: Params, slots: Slots, token_spans: Sequence[Span] | None) -> Placed:
-    """A method's dense rewards on the trainer's slots: mixed with the sparse reward, masked, scaled, clipped.
+    """A method's dense rewards on the trainer's slots: mixed with the sparse reward, masked, scaled and clipped.
 
     Args:
         credit: dense rewards on tokens or slots.
@@ -124,7 +124,7 @@ def place(credit: Credit, reward: float, params: Params, slots: Slots, token_spa
     if credit.on == "tokens" and slots.spans is not None:
         if token_spans is None:
             raise ValueError("the reward model's tokens have no spans to map from")
-        dense = spread(dense, token_spans, slots.spans)
+        dense = move_to_spans(dense, token_spans, slots.spans)
     mixed = beta * dense
     mixed[-1] += (1.0 - beta) * reward
     if slots.kept is not None:
@@ -141,7 +141,7 @@ def place(credit: Credit, reward: float, params: Params, slots: Slots, token_spa
 
 
 def slot_boundaries(boundaries: Sequence[int], slots: Slots, token_spans: Sequence[Span] | None) -> list[int]:
-    """Slots before each boundary between the reward model's tokens; one that lies across it is before it."""
+    """The number of slots before each boundary between the reward model's tokens; a slot across it counts as before."""
     if slots.spans is None or token_spans is None:
         return list(boundaries)
     starts = [start for start, _ in slots.spans]
@@ -149,14 +149,14 @@ def slot_boundaries(boundaries: Sequence[int], slots: Slots, token_spans: Sequen
     return [slots.count if each == len(token_spans) else bisect_left(starts, ends[each]) for each in boundaries]
 
 
-def spread(
+def move_to_spans(
     values: Float64[np.ndarray, " T"], sources: Sequence[Span], targets: Sequence[Span]
 ) -> Float64[np.ndarray, " L"]:
-    """Values on source spans, moved to target spans in proportion to the bytes they share; the sum is kept.
+    """Move values from source spans to target spans in proportion to the bytes they share; the sum stays the same.
 
-    Targets are in order and without overlap, so one walk over the two finds every shared byte. A source
-    that shares no byte with any target (white space the trainer skipped, a token of no bytes) goes whole to the next
-    target that ends after it, or to the last one.
+    Targets are in order and do not overlap, so one walk over both finds every shared byte. A source that shares no
+    byte with any target (white space the trainer skipped, a token of no bytes) goes whole to the next target that
+    ends after it, or to the last one.
     """
     result = np.zeros(len(targets))
     first = 0
@@ -185,17 +185,17 @@ def _overlaps(start: int, stop: int, targets: Sequence[Span], first: int) -> lis
 
 
 def _move_to_kept(values: Float64[np.ndarray, " L"], kept: Sequence[int]) -> Float64[np.ndarray, " L"]:
-    """Every value at the next kept slot, or the last one."""
+    """Move every value to the next kept slot, or to the last one."""
     where = np.asarray(kept)
     receivers = where[np.minimum(np.searchsorted(where, np.arange(len(values))), len(where) - 1)]
     return np.bincount(receivers, weights=values, minlength=len(values))
 
 
 def check_sum(rewards: Float32[np.ndarray, " L"], baseline: float, reward: float) -> None:
-    """What leaves must be finite and sum to the reward.
+    """Check that rewards are finite and sum to the reward, before they are sent.
 
     Raises:
-        EngineFailure: it does not.
+        EngineFailure: they are not, or do not.
     """
     total = rewards.sum(dtype=np.float64) + baseline
     if not (np.isfinite(rewards).all() and np.isfinite(baseline)):

@@ -1,4 +1,4 @@
-"""The methods a request asks for, their parameters read and what they need found to be there."""
+"""Which methods a request asks for, with which parameters, and whether the engine gives what they need."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WITHOUT_PAIR = "it takes a policy and its reference: start the server with --pa
 _REENCODED = "To this model each closed prefix is a text of its own: a pass over the prompt and all before its end."
 
 _DEFAULTS = ("red", "steps", "sparse")
-"""What a request without methods gets: the first of these that all its models can serve."""
+"""A request without methods gets the first of these that all its models can serve."""
 
 _OPEN: frozenset[Need] = frozenset([PrefixScores("open")])
 _CLOSED: frozenset[Need] = frozenset([PrefixScores("closed")])
@@ -41,9 +41,9 @@ class Plan:
     """One method of one request.
 
     Attributes:
-        key: where its rewards stand in the answer.
-        method: what shares the reward out.
-        params: its parameters, read.
+        key: of its rewards in the answer: the label, or the name.
+        method: redistributes the reward.
+        params: its parameters.
     """
 
     key: str
@@ -59,7 +59,7 @@ def plan(request: TokenRewardsRequest, engine: Engine) -> list[Plan]:
         MethodUnavailable: no such method.
     """
     default = default_method([availability(engine)])
-    plans = [_read(asked, engine.facts.layers) for asked in request.method_requests(default)]
+    plans = [_read(each, engine.facts.layers) for each in request.method_requests(default)]
     keys = [each.key for each in plans]
     if repeated := sorted(key for key, count in Counter(keys).items() if count > 1):
         raise InvalidRequest(
@@ -76,7 +76,7 @@ def default_method(models: Sequence[Mapping[str, MethodAvailability]]) -> str:
 
 
 def needs_of(plans: Sequence[Plan], request: TokenRewardsRequest, engine: Engine) -> frozenset[Need]:
-    """All that the engine must keep for a request.
+    """What the engine must keep of the forward pass for a request.
 
     Raises:
         MethodUnavailable: the engine cannot keep it; the message names the methods that it can serve, or what is
@@ -104,7 +104,7 @@ def needs_of(plans: Sequence[Plan], request: TokenRewardsRequest, engine: Engine
 
 
 def boundaries_of(plans: Sequence[Plan], response: Response) -> list[int] | None:
-    """After how many of a response's tokens any of the methods needs a closed prefix; None is after each."""
+    """The numbers of response tokens after which a method needs a closed prefix; None is after each token."""
     closing = [each for each in plans if PrefixScores("closed") in each.method.needs(each.params)]
     asked = [each.method.boundaries(response, each.params) for each in closing if response.length]
     if not asked or None in asked:
@@ -141,14 +141,14 @@ def _read(asked: MethodRequest, layers: int) -> Plan:
     try:
         params = method.params_type.model_validate(asked.params)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise InvalidRequest(f"method {asked.name}: {problems}", code="invalid_params", field="methods") from error
+        reasons = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise InvalidRequest(f"method {asked.name}: {reasons}", code="invalid_params", field="methods") from error
     _check_layers(asked, params, layers)
     return Plan(asked.key, method, params)
 
 
 def _check_layers(asked: MethodRequest, params: Params, layers: int) -> None:
-    """A layer that is named twice, from either end, would count twice."""
+    """Refuse a layer that is named twice, as it can be from either end."""
     numbers = getattr(params, "layers", None)
     if isinstance(numbers, list) and len({number % layers for number in numbers}) < len(numbers):
         raise InvalidRequest(

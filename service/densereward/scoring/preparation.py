@@ -18,11 +18,11 @@ from densereward.scoring.plans import Plan
 from densereward.tokenization.align import Aligned, Aligner
 from densereward_client.wire import Sample
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["PreparedSample", "prepare_sample"]
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedSample:
     """One sample, ready for the engine.
 
     Attributes:
@@ -47,7 +47,7 @@ class Prepared:
         return [*chain(*self.variants), *self.prefixes]
 
 
-def prepare(
+def prepare_sample(
     sample: Sample,
     plans: Sequence[Plan],
     needs: frozenset[Need],
@@ -56,7 +56,7 @@ def prepare(
     truncate: bool,
     reencodes: bool,
     limit: int,
-) -> Prepared:
+) -> PreparedSample:
     """Align a sample, find its slots, and add what its methods want scored beside it.
 
     Args:
@@ -80,7 +80,7 @@ def prepare(
         each.method.check(response)
     variants = [variants_of(sample, aligned.sequence, response, each, aligner) for each in plans]
     sequence, prefixes = closed_prefixes(aligned.sequence, response, plans, reencodes=reencodes, limit=limit)
-    return Prepared(aligned, sequence, slots, response, variants, prefixes)
+    return PreparedSample(aligned, sequence, slots, response, variants, prefixes)
 
 
 def _response(aligned: Aligned, slots: Slots, aligner: Aligner) -> Response:

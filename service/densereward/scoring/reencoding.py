@@ -1,4 +1,4 @@
-"""Closed prefixes as sequences of their own, for models to which a prefix of a response is another text."""
+"""Closed prefixes as sequences of their own, for models that must read each prefix anew (encoders, for one)."""
 
 from __future__ import annotations
 

@@ -32,14 +32,14 @@ __all__ = ["create_app"]
 logger = logging.getLogger("densereward")
 
 _HOST_THREADS = 2
-"""They share one interpreter with the event loop: every further one lets the loop wait longer for its turn."""
+"""They share the interpreter with the event loop: with each more, the loop waits longer for its turn."""
 
 
 def create_app(settings: ServerSettings, on_failure: Callable[[], None] = lambda: None) -> FastAPI:
     """The server's application. The model is loaded in the background; /ready tells when it is.
 
     Args:
-        settings: every knob.
+        settings: the server's.
         on_failure: called when the model cannot be served, or no longer can; `app.state.service.failure` then says why.
     """
     service = Service(settings, on_death=on_failure)
@@ -73,7 +73,7 @@ _DESCRIPTION = "A reward-model server for RL on language models: one forward pas
 async def _start(service: Service, on_failure: Callable[[], None]) -> None:
     try:
         await service.start()
-        await asyncio.to_thread(_settle)
+        await asyncio.to_thread(_freeze)
     except DenseRewardError as error:
         logger.error("cannot serve %s: %s", ", ".join(service.settings.model), error.message)
         on_failure()
@@ -82,8 +82,8 @@ async def _start(service: Service, on_failure: Callable[[], None]) -> None:
         on_failure()
 
 
-def _settle() -> None:
-    """Spare the collector what was loaded and stays: a full look at it would stop every thread for a quarter second."""
+def _freeze() -> None:
+    """Exclude what is loaded from garbage collection, which would stop every thread for a quarter second."""
     gc.collect()
     gc.freeze()
 
@@ -126,7 +126,7 @@ _BODIES = (
     vllm.ClassifyRequest,
     vllm.PoolingRequest,
 )
-"""What the scoring routes read by themselves."""
+"""Bodies that the scoring routes parse themselves."""
 
 
 class _Observe:
@@ -160,7 +160,7 @@ class _Observe:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, with the bodies that the scoring routes read by themselves."""
+    """FastAPI's document, with the bodies that the scoring routes parse themselves."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         bodies = [(model, "validation") for model in _BODIES]

@@ -12,8 +12,8 @@ from densereward.engines.base import Engine, StreamingEngine
 from densereward.errors import EngineDied, InvalidRequest, ModelError, NotReady, UnknownModel
 from densereward.methods import METHODS
 from densereward.metrics import Metrics
-from densereward.scheduling.batch_size import measure_budget
-from densereward.scheduling.handover import queue_for
+from densereward.scheduling.batch_size import measure_batch_size
+from densereward.scheduling.handover import batcher_for
 from densereward.scoring.ensemble import EnsemblePipeline
 from densereward.scoring.pair import PairedPipeline, card_beside
 from densereward.scoring.pipeline import Pipeline
@@ -35,7 +35,7 @@ class Service:
         settings: which models, and their limits.
         on_death: called when an engine has ended by itself; `failure` then says so.
         repeatable: the same samples in the same order get the same digits again. A number's last digits may depend on
-            its batch, so no budget is measured and no prompt is kept.
+            its batch, so no batch size is measured and no prompt is cached.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Service:
         try:
             for name, source in self.settings.sources.items():
                 if not self.draining:
-                    self._pipelines[name] = await self._started_up(name, partial(load, self.settings, source))
+                    self._pipelines[name] = await self._load(name, partial(load, self.settings, source))
             self._check_separator()
             if self.settings.pair is not None and not self.draining:
-                self._pair = await self._started_up(PAIR, partial(load_pair, self.settings))
-        except Exception as error:  # kept for whoever watches the start, and raised on
+                self._pair = await self._load(PAIR, partial(load_pair, self.settings))
+        except Exception as error:  # kept for the log and /ready, and raised
             self.failure = error
             raise
         if not self.draining:
@@ -72,18 +72,18 @@ class Service:
             self.metrics.ready(True)
 
     def _check_separator(self) -> None:
-        """A setting that no model heeds would leave the operator in the belief that one does."""
+        """Refuse a separator that no loaded model uses."""
         heads = {pipeline.card.head for pipeline in self._pipelines.values()}
         if self.settings.step_separator is not None and "token_classifier" not in heads and not self.draining:
             raise ModelError("--step-separator is for token classifiers, and none is served")
 
-    async def _started_up(self, name: str, loading: Callable[[], tuple[Engine, Aligner]]) -> Pipeline:
+    async def _load(self, name: str, loading: Callable[[], tuple[Engine, Aligner]]) -> Pipeline:
         """Load one model."""
         engine, aligner = await asyncio.to_thread(loading)
-        budget = await asyncio.to_thread(self._budget, engine)
-        batcher = queue_for(
+        batch_tokens = await asyncio.to_thread(self._batch_tokens, engine)
+        batcher = batcher_for(
             engine,
-            max_batch_tokens=budget,
+            max_batch_tokens=batch_tokens,
             max_queue_tokens=self.settings.max_queue_tokens,
             metrics=self.metrics,
             on_death=self._died,
@@ -92,22 +92,22 @@ class Service:
             self.metrics.engine(engine.metrics)
             if self._repeatable:
                 logger.warning("%s: its engine decides what runs together: last digits may differ between runs", name)
-        self.metrics.budget(name, budget)
+        self.metrics.batch_size(name, batch_tokens)
         if not self.draining:
             facts = engine.facts
             where = f"{facts.family}, {facts.dtype} on {facts.device}"
-            logger.info("ready: %s (%s; %d tokens a pass)", name, where, budget)
+            logger.info("ready: %s (%s; %d tokens a pass)", name, where, batch_tokens)
         return Pipeline(name, engine, aligner, batcher, self.metrics)
 
-    def _budget(self, engine: Engine) -> int:
+    def _batch_tokens(self, engine: Engine) -> int:
         """What one forward pass may hold, in tokens' worth."""
         chosen = self.settings.max_batch_tokens is not None or isinstance(engine, StreamingEngine)
         if not chosen and not self._repeatable and not self.draining:
-            return measure_budget(engine)
+            return measure_batch_size(engine)
         return engine.facts.batch_tokens
 
     def _died(self, error: EngineDied) -> None:
-        """Take no more requests; a model that is loaded beside the dead one is not served alone."""
+        """Take no more requests, for none of the models."""
         logger.error(error.message)
         self.failure = error
         self.metrics.ready(False)
@@ -163,9 +163,9 @@ class Service:
         return self.pipelines[0]
 
     def pipeline_for(self, request: RewardsRequest) -> Pipeline | EnsemblePipeline | PairedPipeline:
-        """What answers a request: a model by name, the first one where it names none, or several together.
+        """What answers a request: a model by name, the first one where it names none, or an ensemble.
 
-        Where a method is one of a pair's, the pair is there beside the model.
+        Where a method takes a pair of language models, the pair answers beside the model.
 
         Raises:
             NotReady: as `pipelines`.
@@ -186,28 +186,28 @@ class Service:
                     code="invalid_ensemble",
                     field="ensemble",
                 )
-            self._refuse_pairs_methods(request)
+            self._refuse_pair_methods(request)
             return EnsemblePipeline(request.model, [self._named(name) for name in names], asked)
         if isinstance(request.model, list):
             members = [self._named(name) for name in request.model]
             if len({member.name for member in members}) < len(members):
                 raise InvalidRequest("an ensemble has a model twice", code="invalid_ensemble", field="model")
-            self._refuse_pairs_methods(request)
+            self._refuse_pair_methods(request)
             name = "+".join(member.name for member in members)
             return EnsemblePipeline(name, members, request.ensemble or Ensemble())
         if request.ensemble is not None:
             raise InvalidRequest(
                 "`ensemble` needs several models: give `model` as a list", code="invalid_ensemble", field="ensemble"
             )
-        return self._beside_pair(self._named(request.model), request)
+        return self._with_pair(self._named(request.model), request)
 
-    def _beside_pair(self, model: Pipeline, request: RewardsRequest) -> Pipeline | PairedPipeline:
-        if self._pair is None or model is self._pair or not _pairs_methods(request):
+    def _with_pair(self, model: Pipeline, request: RewardsRequest) -> Pipeline | PairedPipeline:
+        if self._pair is None or model is self._pair or not _pair_methods(request):
             return model
         return PairedPipeline(model, self._pair)
 
-    def _refuse_pairs_methods(self, request: RewardsRequest) -> None:
-        if self._pair is not None and (names := _pairs_methods(request)):
+    def _refuse_pair_methods(self, request: RewardsRequest) -> None:
+        if self._pair is not None and (names := _pair_methods(request)):
             raise InvalidRequest(
                 f"an ensemble has no pair beside it; ask one of its models for {', '.join(names)}",
                 code="invalid_ensemble",
@@ -225,7 +225,7 @@ class Service:
         return pipelines[name]
 
 
-def _pairs_methods(request: RewardsRequest) -> list[str]:
+def _pair_methods(request: RewardsRequest) -> list[str]:
     """Methods of a request that a pair gives."""
     if not isinstance(request, TokenRewardsRequest):
         return []

@@ -124,12 +124,12 @@ class Aligner:
 
     @property
     def frame(self) -> tuple[object, ...]:
-        """Whatever is written round prompts and responses, beside the closing tokens."""
+        """All that is written around prompts and responses but the closing tokens."""
         return (self._frame.prefix_ids, self._frame.between, self._frame.ending)
 
     @property
     def closing_text(self) -> str | None:
-        """What begins the closing tokens, up to a special token; None where no text is read so."""
+        """The closing tokens as text, up to the first special token; None where no text is read as these."""
         return self._frame.closing_text
 
     def align(self, sample: Sample, needs: frozenset[Need] = frozenset(), *, truncate: bool = False) -> Aligned:

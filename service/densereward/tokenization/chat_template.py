@@ -17,10 +17,10 @@ _PROBE = ({"role": "user", "content": "question"},)
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, cut where the answer goes.
+    """A tokenizer's chat template, split at the assistant's answer.
 
-    The template writes a whole dialogue with a marker as its last answer, as it did when the model was trained; what
-    stands before the marker is the prompt, what stands after it closes the answer.
+    The template renders a whole dialogue with a marker as its last answer, as it did when the model was trained. What
+    is before the marker is the prompt; what is after it are the closing tokens.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.

@@ -1,6 +1,6 @@
-"""What stands round a prompt and a response: BOS, what separates a pair, closing tokens, a gate at the prompt's end.
+"""What is written around prompt and response: BOS, separators of a pair, closing tokens; and the gate in the prompt.
 
-All of it is read from the model's tokenizer and template once, so that samples are only put together.
+All of it is read once from the model's tokenizer and chat template.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Frame"]
 
 
 class Frame:
-    """What the texts of one model stand in.
+    """What one model's prompts and responses are written into.
 
     Args:
         tokenizer: the model's transformers tokenizer.
@@ -37,7 +37,7 @@ class Frame:
         ending: what is written behind every response, also behind one that was cut by length.
         closing_ids: what is written behind a finished response; nothing where only tokens or steps are read.
         template_closing_ids: what the template writes behind a response, read or not.
-        least_closing: so many closing tokens at a response's end are taken for these; fewer are text like any other.
+        least_closing: this many closing tokens at a response's end count as such; fewer are text like any other.
         gate_ids: what prompts must end with; empty where they may end with anything.
 
     Raises:
@@ -72,30 +72,30 @@ class Frame:
                 f"the tokenizer closes a response with {outside}, and the model has {vocabulary_size} tokens; it is "
                 "another model's tokenizer"
             )
-        # A blank or a line break that closing tokens begin with is nothing but text until a special token follows.
+        # Closing tokens may begin with a blank or a line break, which is ordinary text until a special token follows.
         special = (i for i, token in enumerate(self.template_closing_ids) if vocabulary.is_added(token))
         self.least_closing = 1 + next(special, len(self.template_closing_ids) - 1)
         self.closing_ids = self.template_closing_ids if unit == "sequence" else []
         self._judges_steps = steps is not None
-        # TRL's PRMTrainer, whose separator is what it cuts at, writes a BOS wherever there is one.
+        # TRL's PRMTrainer, whose separator is what it splits at, writes a BOS wherever the tokenizer has one.
         self._always_bos = steps is not None and steps.separator == steps.cut and vocabulary.bos_id is not None
 
     @property
     def prefix_ids(self) -> list[int]:
-        """What a prompt as text gets where it does not begin with it."""
+        """Written before a prompt that was sent as text and does not begin with it."""
         bos = self._vocabulary.bos_id
         return [bos] if self._always_bos and bos is not None else self._vocabulary.prefix_ids
 
     @property
     def closing_text(self) -> str | None:
-        """What begins the closing tokens, up to a special token; None where no text is read so."""
+        """The closing tokens as text, up to the first special token; None where no text is read as these."""
         beginning = self.closing_ids[: self.least_closing]
         text = self._vocabulary.bytes_of(beginning).decode(errors="replace")
         return text if self._vocabulary.ids_behind(text) == beginning else None
 
     @property
     def closes_all(self) -> bool:
-        """Whether a response that was cut by length is closed as any other."""
+        """Whether a response that was cut by length is closed like any other."""
         return self.ending == self.closing_ids != []
 
     def open(self, sample: Sample, text: Text) -> None:
@@ -156,7 +156,7 @@ class Frame:
         return ids if templated or ids[: len(prefix)] == prefix else [*prefix, *ids]
 
     def _check_prompt(self, prompt_ids: Sequence[int]) -> None:
-        """The first of a pair's texts stands between tokens of its own, which ids that are given must hold."""
+        """A prompt of a pair that was sent as ids must hold the special tokens around it."""
         if self.between is None:
             return
         before, between = self.prefix_ids, self.between
@@ -170,7 +170,7 @@ class Frame:
             )
 
     def _gate_in(self, prompt_ids: list[int]) -> int:
-        """Where the prompt's end begins at which the model reads what the prompt is about."""
+        """The position of the gate: where the end of the prompt begins, at which the model weighs its objectives."""
         size = len(self.gate_ids)
         if size and prompt_ids[-size:] != self.gate_ids:
             end = self._vocabulary.bytes_of(self.gate_ids).decode(errors="replace")
@@ -219,7 +219,7 @@ class Frame:
 
 
 def _pair(tokenizer: Any, vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
-    """What stands between the texts of a pair, and behind them."""
+    """The special tokens between the texts of a pair, and behind them."""
     if tokenizer.chat_template:
         raise ModelError("the model reads pairs of texts, and its chat template writes dialogues; take it away")
     before, between, after = vocabulary.pair_frame()

@@ -1,4 +1,4 @@
-"""Texts, ids and dialogues that hold prompt and response already, to be scored at their last token as they stand."""
+"""Inputs that hold prompt and response in one (text, ids or a dialogue), scored as they stand at their last token."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A response written for a model that judges its steps: a separator after each, at whose last token it is read.
 
-The separator takes the place of what stands between two steps in the response, a blank line or a line break. In the
-response's bytes it stands where the step's last letter does, so that a step's reward goes to the token that ends it,
-whatever the trainer's tokens leave out. Steps are tokenised one by one, as such models were trained.
+The separator replaces what divides two steps in the response, a blank line or a line break. Its byte span is that of
+the step's last letter, so that a step's reward goes to the trainer's token that ends the step. Steps are tokenised one
+by one, as such models were trained.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class InSteps:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where each byte of a text that was written anew comes from: [start, end) in the response."""
+    """For each byte of a rewritten text, the [start, end) in the response that it comes from."""
 
     each: list[Span]
 
     def of(self, spans: Sequence[Span]) -> list[Span]:
-        """Where spans of the written text come from."""
+        """Spans of the rewritten text as spans of the response."""
         last = self.each[-1][1] if self.each else 0
         return [
             (self.each[start][0], max(end for _, end in self.each[start:stop])) if start < stop else (last, last)
@@ -51,13 +51,13 @@ class Places:
 
 
 def _last_byte(step: str, begin: int) -> Span:
-    """That of a step's last letter, or the line break before a step without one."""
+    """The span of a step's last letter, or of the line break before a step without one."""
     end = max(begin + len(step.rstrip().encode()), 1)
     return (end - 1, end)
 
 
 class StepWriter:
-    """Writes responses for one model.
+    """Rewrites responses for one model, with a separator after each step.
 
     Args:
         vocabulary: the model's.
@@ -95,12 +95,12 @@ class StepWriter:
         return self._written.whole
 
     def joined(self, prompt: str) -> str:
-        """A prompt with what stands between it and the first step, where that is tokenised by itself."""
+        """A prompt with the text between it and the first step, where the step is tokenised by itself."""
         joint = self._written.joint
         return prompt if joint is None or self.whole or prompt.endswith(joint) else prompt + joint
 
     def write(self, response: str) -> InSteps:
-        """Cut a response that holds some letter, and write it step by step."""
+        """Split a response that is not blank into steps, and tokenise them one by one."""
         written = InSteps([], [], [])
         for step, begin in self._steps(response):
             encoding = self._vocabulary.encode(step)
@@ -112,7 +112,7 @@ class StepWriter:
         return written
 
     def written(self, prompt: str | None, response: str) -> tuple[str | None, str, Places]:
-        """Prompt and response to be read as one text, separators in it, and where the response's bytes come from.
+        """Prompt and response to be read as one text with separators, and where the response's bytes come from.
 
         Blanks at the prompt's end go to the response, since tokens begin with those before them.
         """
@@ -173,7 +173,7 @@ class StepWriter:
 
     def _of_text(self, sample: Sample) -> tuple[str, dict[str, list[Span]]]:
         response = sample.response or ""
-        if not any(mark in response for mark in self._marks):  # nearly always, and then it need not be read twice
+        if not any(mark in response for mark in self._marks):  # the usual case, in which it is not tokenised twice
             return response, {}
         encoding = self._vocabulary.encode(response)
         content = self._content(encoding.ids)
@@ -204,7 +204,7 @@ class StepWriter:
         return text, {"response_spans": [*moved, *[(size, size)] * (len(ids) - len(body))]}
 
     def _content(self, ids: Sequence[int]) -> int:
-        """Tokens before the closing ones, of which the first is one that no text writes."""
+        """The number of tokens before the closing ones, which begin with a special token."""
         start = len(ids)
         while start and ids[start - 1] in self._endings:
             start -= 1

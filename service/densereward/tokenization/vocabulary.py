@@ -1,4 +1,4 @@
-"""The reward model's tokenizer, as far as a reward needs it: ids, the bytes behind each id, BOS, a fingerprint."""
+"""The reward model's tokenizer: ids of texts, bytes and spans of ids, special tokens, a fingerprint."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from densereward_client.tokens import byte_alphabet, fingerprint
 __all__ = ["Vocabulary"]
 
 _ANY_LETTER = "a"
-_KEPT_PROMPTS = 64
-_KEPT_CHARACTERS = 4096  # of a prompt; with its ids, all that is kept stays within a few MB
+_CACHED_PROMPTS = 64
+_CACHED_CHARACTERS = 4096  # of a prompt; so the cache stays within a few MB
 
 
 class Vocabulary:
@@ -42,7 +42,7 @@ class Vocabulary:
         self._added: dict[int, bytes] = {
             each["id"]: each["content"].encode() for each in self._definition["added_tokens"]
         }
-        self._prompt_ids = lru_cache(_KEPT_PROMPTS)(lambda text: tuple(self.encode(text).ids))
+        self._prompt_ids = lru_cache(_CACHED_PROMPTS)(lambda text: tuple(self.encode(text).ids))
         self._known: dict[int, bytes | None] = {}  # never more than the vocabulary
         self._alphabet = byte_alphabet()
         self._decoders = _types(self._definition.get("decoder"))
@@ -84,13 +84,13 @@ class Vocabulary:
         return self._backend.encode(text, add_special_tokens=False)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """The ids of a prompt. Trainers send many responses to one prompt, so the last ones are kept."""
-        if len(text) > _KEPT_CHARACTERS:
+        """The ids of a prompt, cached: trainers send many responses to one prompt."""
+        if len(text) > _CACHED_CHARACTERS:
             return self.encode(text).ids
         return list(self._prompt_ids(text))
 
     def ids_behind(self, text: str) -> list[int]:
-        """The ids of a text that stands behind another: without the blank that some tokenizers begin with."""
+        """The ids of a text that follows another: without the blank that some tokenizers write first."""
         before, both = self.encode(_ANY_LETTER).ids, self.encode(_ANY_LETTER + text).ids
         return both[len(before) :] if both[: len(before)] == before else self.encode(text).ids
 
@@ -105,11 +105,11 @@ class Vocabulary:
         return found
 
     def is_added(self, token_id: int) -> bool:
-        """Whether a token stands beside the vocabulary that texts are cut into: special tokens do."""
+        """Whether a token was added to the vocabulary, as special tokens are."""
         return token_id in self._added
 
     def text_of(self, token_ids: Sequence[int]) -> str:
-        """The text that is read as these ids; without the blank that some tokenizers write before every text.
+        """The text that is tokenised to these ids, without the blank that some tokenizers write before every text.
 
         Raises:
             UnicodeDecodeError: their bytes are no text.
@@ -143,7 +143,7 @@ class Vocabulary:
         return None
 
     def token_text(self, token_id: int) -> str:
-        """A token to look at; part of a character shows as a replacement mark."""
+        """A token for display; part of a character shows as a replacement mark."""
         known = self.token_bytes(token_id)
         return str(self._backend.id_to_token(token_id)) if known is None else known.decode(errors="replace")
 
@@ -165,10 +165,10 @@ class Vocabulary:
         return known if len(known) == len(pieces) else None
 
     def spans_in_text(self, text: str, encoding: Encoding) -> list[Span]:
-        """[start, end) of each token in the UTF-8 bytes of the text it was read from; in order, without overlap.
+        """[start, end) of each token in the UTF-8 bytes of its text; in order, without overlap.
 
-        Exact where tokens spell out the text's bytes, be it behind the blank that some tokenizers begin with; where the
-        tokenizer rewrites the text, from its offsets.
+        Exact where the tokens spell the text's bytes (some tokenizers write a blank before them). Where the tokenizer
+        rewrites the text, spans come from its character offsets.
         """
         pieces, raw = self._pieces(encoding.ids), text.encode()
         written = b"".join(pieces or [])
@@ -193,19 +193,19 @@ def _consecutive(lengths: list[int]) -> list[Span]:
 
 
 def _from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[Span]:
-    """Byte spans from character offsets; tokens that share a character share its bytes out in order."""
+    """Byte spans from character offsets; tokens that share a character divide its bytes in order."""
     byte_at = [0, *accumulate(len(character.encode()) for character in text)]
     spans: list[Span] = []
     index = 0
     reached = 0
     while index < len(offsets):
         start, stop = offsets[index]
-        together = 1
-        while stop > start and index + together < len(offsets) and offsets[index + together] == (start, stop):
-            together += 1
+        sharing = 1
+        while stop > start and index + sharing < len(offsets) and offsets[index + sharing] == (start, stop):
+            sharing += 1
         first, last = max(byte_at[start], reached), max(byte_at[stop], reached)
-        cuts = [first + (last - first) * part // together for part in range(together + 1)]
-        spans.extend(pairwise(cuts))
+        bounds = [first + (last - first) * part // sharing for part in range(sharing + 1)]
+        spans.extend(pairwise(bounds))
         reached = last
-        index += together
+        index += sharing
     return spans

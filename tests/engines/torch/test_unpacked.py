@@ -22,7 +22,7 @@ from densereward.engines.base import Engine
 from densereward.engines.torch.engine import TorchEngine
 from densereward.engines.torch.unpacked import UnpackedEngine
 from densereward.errors import CannotPack, EngineFailure, InvalidRequest, ModelError
-from densereward.scheduling.cost import Bill, price
+from densereward.scheduling.cost import BatchCost, cost_of
 from densereward.settings import ModelSettings
 from densereward_client.wire import Sample
 
@@ -198,7 +198,7 @@ def test_a_decoder_that_cannot_be_packed_gives_what_it_gives_alone(kind: str, tm
 def test_a_prompt_that_responses_share_is_billed_for_each_of_them() -> None:
     sequences = [ScoringInput([*range(3, 23), token], 20, 1, 20) for token in (5, 6)]
     for shares, tokens in ((True, 22), (False, 42)):
-        bill = Bill(0.0)
+        cost = BatchCost(0.0)
         for sequence in sequences:
-            bill.add(price(sequence, shares=shares))
-        assert bill.total.tokens == tokens
+            cost.add(cost_of(sequence, shares=shares))
+        assert cost.total.tokens == tokens

@@ -1,1 +1,1 @@
-"""HTTP routes, by audience: trainers that score, operators that look after the server."""
+"""HTTP routes: `reading` parses bodies, `answering` scores and answers, each other file holds one protocol's routes."""

@@ -1,4 +1,4 @@
-"""What the routes that score share: the key, the limits, the time, and the end once the caller has left."""
+"""What the scoring routes share: the key, the limits, the time limit, and the stop once the caller has left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from densereward.server.service import Service
 from densereward.settings import ServerSettings
 from densereward_client.wire import ErrorBody
 
-__all__ = ["ERRORS", "Prepared", "answered", "body_like", "require_key"]
+__all__ = ["ERRORS", "PreparedRequest", "answer_request", "body_schema", "require_key"]
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 404, 413, 422, 429, 500, 503, 504)
@@ -27,7 +27,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedRequest:
     """A request on its way through the engine.
 
     Attributes:
@@ -41,12 +41,12 @@ class Prepared:
     write: Callable[[dict[str, Any]], bytes]
 
 
-Prepare = Callable[[Service, bytes, int], Prepared]
-"""From a body of at most so many samples to all that comes before the engine. Blocks; for a thread."""
+Prepare = Callable[[Service, bytes, int], PreparedRequest]
+"""Parses a body of at most so many samples, and does all that comes before the engine. Blocks; for a thread."""
 
 
 async def require_key(request: Request, authorization: Annotated[str | None, Header()] = None) -> None:
-    """Where a key is set, the request must bring it as a bearer token. Not blocking, so it needs no thread."""
+    """Where a key is set, the request must bring it as a bearer token."""
     key = request.app.state.settings.api_key
     if key is None:
         return
@@ -55,14 +55,14 @@ async def require_key(request: Request, authorization: Annotated[str | None, Hea
         raise Unauthorized("this server asks for its key: send the header Authorization: Bearer KEY")
 
 
-def body_like(model: type[BaseModel]) -> dict[str, Any]:
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
     """The request body in the OpenAPI document; the route reads the bytes itself."""
     schema = {"$ref": f"#/components/schemas/{model.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-async def answered(request: Request, prepare: Prepare, samples: str = "samples") -> Response:
-    """Read and score within the time that a request has; `samples` is what the request calls them."""
+async def answer_request(request: Request, prepare: Prepare, samples: str = "samples") -> Response:
+    """Read, score and answer within the time limit; `samples` is what the request calls its samples."""
     service: Service = request.app.state.service
     settings: ServerSettings = request.app.state.settings
     service.pipeline  # noqa: B018  # refuse before reading the body
@@ -81,18 +81,18 @@ async def answered(request: Request, prepare: Prepare, samples: str = "samples")
 
 
 async def _score(service: Service, body: bytes, prepare: Prepare, max_samples: int) -> bytes:
-    """From bytes to bytes: one thread before the wait for the engine, one after it."""
+    """From bytes to bytes: a thread before the wait for the engine, and one after it."""
     prepared = await asyncio.to_thread(prepare, service, body, max_samples)
     scores = await prepared.scorer.score(prepared.work)
-    return await asyncio.to_thread(_written, prepared, scores)
+    return await asyncio.to_thread(_write_answer, prepared, scores)
 
 
-def _written(prepared: Prepared, scores: Any) -> bytes:
+def _write_answer(prepared: PreparedRequest, scores: Any) -> bytes:
     return prepared.write(prepared.scorer.answer(prepared.work, scores))
 
 
 async def _unless_caller_leaves(request: Request, work: Coroutine[Any, Any, bytes]) -> bytes:
-    """The work's result; once the caller has left or the time has run out, the work is dropped."""
+    """The work's result. The work is dropped once the caller has left or the time has run out."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_caller_left(request))
     try:

@@ -22,10 +22,10 @@ from starlette.datastructures import QueryParams
 from densereward.errors import InvalidRequest
 from densereward.scoring.ensemble import EnsemblePipeline
 from densereward.scoring.pipeline import Scorer
-from densereward.server.routes.answering import ERRORS, Prepared, answered, body_like, require_key
+from densereward.server.routes.answering import ERRORS, PreparedRequest, answer_request, body_schema, require_key
 from densereward.server.routes.reading import Lists, check_number, read_lists
 from densereward.server.service import Service
-from densereward.server.validation import invalid, problems_of
+from densereward.server.validation import errors_in, invalid_request
 from densereward_client.wire import MethodRequest, RewardsRequest, Sample, Spans, TokenRewardsRequest
 
 __all__ = ["GetRewardRequest", "router"]
@@ -115,30 +115,30 @@ _IN_URL = {
 @router.post(
     "/get_reward",
     responses={200: {"model": GetRewardResponse}},
-    openapi_extra=body_like(GetRewardRequest) | _IN_URL,
+    openapi_extra=body_schema(GetRewardRequest) | _IN_URL,
 )
 async def get_reward(request: Request) -> Response:
     """OpenRLHF's remote reward protocol: `--reward.remote_url http://HOST:PORT/get_reward?token_rewards=false`."""
-    return await answered(request, partial(_prepare, request.query_params), samples="query")
+    return await answer_request(request, partial(_prepare, request.query_params), samples="query")
 
 
-def _prepare(in_url: QueryParams, service: Service, body: bytes, max_samples: int) -> Prepared:
-    asked = _with_url(read_lists(body, GetRewardRequest, _LISTS, max_samples), in_url)
-    check_number(len(asked.query), max_samples)
-    _check(asked)
-    request = _request(asked)
+def _prepare(in_url: QueryParams, service: Service, body: bytes, max_samples: int) -> PreparedRequest:
+    received = _with_url(read_lists(body, GetRewardRequest, _LISTS, max_samples), in_url)
+    check_number(len(received.query), max_samples)
+    _check(received)
+    request = _request(received)
     scorer: Scorer = service.pipeline_for(request)
-    if isinstance(scorer, EnsemblePipeline) and asked.token_rewards and asked.response_spans is None:
+    if isinstance(scorer, EnsemblePipeline) and received.token_rewards and received.response_spans is None:
         raise InvalidRequest(
             "an ensemble has no tokens of its own: give `response_spans`, or `token_rewards` = false",
             code="invalid_ensemble",
             field="response_spans",
         )
-    samples = [_sample(asked, index, scorer.closing_text or "") for index in range(len(asked.query))]
-    return Prepared(scorer, scorer.prepare(request, samples), _write)
+    samples = [_sample(received, index, scorer.closing_text or "") for index in range(len(received.query))]
+    return PreparedRequest(scorer, scorer.prepare(request, samples), _write)
 
 
-def _with_url(asked: GetRewardRequest, in_url: QueryParams) -> GetRewardRequest:
+def _with_url(received: GetRewardRequest, in_url: QueryParams) -> GetRewardRequest:
     """What the URL says holds where the body does not say otherwise."""
     names = [name for name, _ in in_url.multi_items()]
     for name in (name for name in in_url if names.count(name) > 1):
@@ -146,32 +146,32 @@ def _with_url(asked: GetRewardRequest, in_url: QueryParams) -> GetRewardRequest:
     try:
         said = _InURL.model_validate(dict(in_url)).model_dump(exclude_unset=True)
     except ValidationError as error:
-        raise invalid(problems_of(error)) from error
-    return asked.model_copy(update={name: said[name] for name in said.keys() - asked.model_fields_set})
+        raise invalid_request(errors_in(error)) from error
+    return received.model_copy(update={name: said[name] for name in said.keys() - received.model_fields_set})
 
 
-def _check(asked: GetRewardRequest) -> None:
+def _check(received: GetRewardRequest) -> None:
     """Refuse lists that are not one entry for each query, and what would be ignored."""
     for name in ("prompts", "response_spans", "finished"):
-        values = getattr(asked, name)
-        if values is not None and len(values) != len(asked.query):
+        values = getattr(received, name)
+        if values is not None and len(values) != len(received.query):
             raise InvalidRequest(
-                f"{name} has {len(values)} entries for {len(asked.query)} in query",
+                f"{name} has {len(values)} entries for {len(received.query)} in query",
                 code="length_mismatch",
                 field=name,
                 given=len(values),
-                expected=len(asked.query),
+                expected=len(received.query),
             )
     for name in ("method", "response_spans"):
-        if not asked.token_rewards and getattr(asked, name) is not None:
+        if not received.token_rewards and getattr(received, name) is not None:
             raise InvalidRequest(f"{name} is about token rewards, and token_rewards is false", field=name)
-    if asked.eos is not None and asked.finished is not None:
+    if received.eos is not None and received.finished is not None:
         raise InvalidRequest("give either eos or finished: both say which responses were cut by length", field="eos")
 
 
-def _sample(asked: GetRewardRequest, index: int, closing: str) -> Sample:
+def _sample(received: GetRewardRequest, index: int, closing: str) -> Sample:
     """One query, for a model that reads its score behind `closing`."""
-    query, prompt = asked.query[index], asked.prompts[index]
+    query, prompt = received.query[index], received.prompts[index]
     if not query.startswith(prompt):
         raise InvalidRequest(
             f"query[{index}] does not begin with prompts[{index}], so there is no telling where the response begins; "
@@ -181,11 +181,11 @@ def _sample(asked: GetRewardRequest, index: int, closing: str) -> Sample:
             index=index,
         )
     response = query[len(prompt) :]
-    spans = None if asked.response_spans is None else asked.response_spans[index]
-    finished = True if asked.finished is None else asked.finished[index]
-    if asked.eos is not None:
-        finished = response.endswith(asked.eos)
-        response, spans = _closed(response, spans, asked.eos, closing)
+    spans = None if received.response_spans is None else received.response_spans[index]
+    finished = True if received.finished is None else received.finished[index]
+    if received.eos is not None:
+        finished = response.endswith(received.eos)
+        response, spans = _closed(response, spans, received.eos, closing)
     # All of it was checked as the request was read, and checking many spans again would hold the interpreter.
     return Sample.model_construct(prompt=prompt, response=response, response_spans=spans, finished=finished)
 
@@ -225,15 +225,15 @@ def _in_order(spans: Sequence[tuple[int, int]], size: int) -> bool:
     return all(one <= other for one, other in pairwise([0, *offsets, size]))
 
 
-def _request(asked: GetRewardRequest) -> RewardsRequest:
+def _request(received: GetRewardRequest) -> RewardsRequest:
     """The request without its samples, which travel beside it."""
-    if not asked.token_rewards:
-        return RewardsRequest.model_construct(model=asked.model, samples=[])
+    if not received.token_rewards:
+        return RewardsRequest.model_construct(model=received.model, samples=[])
     return TokenRewardsRequest.model_construct(
-        model=asked.model,
+        model=received.model,
         samples=[],
-        methods=None if asked.method is None else [asked.method],
-        include=["spans"] if asked.response_spans is None else [],
+        methods=None if received.method is None else [received.method],
+        include=["spans"] if received.response_spans is None else [],
     )
 
 

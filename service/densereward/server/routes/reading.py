@@ -1,8 +1,8 @@
 """From a request's bytes to a request: limits first, then JSON, then each sample by itself.
 
-A parser holds the interpreter, and with it the event loop, until it is done, in whatever thread it runs. So a body is
-cut into its samples and these are read one by one: between two of them others have their turn. Other servers' bodies
-have lists beside one another instead, and these are read entry by entry.
+A parser blocks the event loop until it is done, in any thread, since it holds the interpreter's lock. So a body is cut
+into its samples, and these are parsed one by one: between two of them the event loop has its turn. The bodies of other
+servers' protocols hold several lists in place of samples; these are parsed entry by entry.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from densereward.errors import ClientGone, DenseRewardError, InvalidRequest, MalformedJSON, TooLarge
-from densereward.server.validation import invalid, problems_of
+from densereward.server.validation import errors_in, invalid_request
 from densereward_client.wire import RewardsRequest, Sample
 
 __all__ = ["Lists", "body_of", "check_number", "read", "read_lists", "read_whole"]
@@ -25,14 +25,14 @@ R = TypeVar("R", bound=RewardsRequest)
 B = TypeVar("B", bound=BaseModel)
 Samples = list[Sample | DenseRewardError]
 Lists = Mapping[str, tuple[str, Callable[[str], Any]]]
-"""Of each list: the JSON that stands for it while the rest is read, and what reads an entry's JSON."""
+"""Of each list: a placeholder in JSON, with which the rest is parsed, and the parser of one entry."""
 
 _JSON = JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
-_IN_PLACE_OF_SAMPLES = {"samples": '[{"prompt": "", "response": ""}]'}
+_PLACEHOLDER = {"samples": '[{"prompt": "", "response": ""}]'}
 _NUMBER = "-0123456789"
 _SMALL = 2**20
-"""Bytes of a body that may be read again in one piece, for a better word on what is wrong with it."""
+"""Bytes of a body that may be parsed again in one piece, for a better error message."""
 
 
 async def body_of(request: Request, limit: int) -> bytes:
@@ -67,7 +67,7 @@ def read(body: bytes, kind: type[R], most: int) -> tuple[R, Samples]:
     """
     try:
         text = body.decode()
-        envelope, lists = _cut(text, _IN_PLACE_OF_SAMPLES)
+        envelope, lists = _cut(text, _PLACEHOLDER)
         if not (places := lists.get("samples")):
             raise ValueError("there are no samples")
         request = kind.model_validate_json(envelope)
@@ -89,7 +89,9 @@ def read_lists(body: bytes, kind: type[B], lists: Lists, most: int) -> B:
     """
     try:
         text = body.decode()
-        envelope, places = _cut(text, {name: instead for name, (instead, _) in lists.items()}, most, whole=_NUMBER)
+        envelope, places = _cut(
+            text, {name: placeholder for name, (placeholder, _) in lists.items()}, most, whole=_NUMBER
+        )
         request = kind.model_validate_json(envelope)
         entries = {
             name: [_entry(lists[name][1], text[start:stop], name, index) for index, (start, stop) in enumerate(each)]
@@ -103,13 +105,13 @@ def read_lists(body: bytes, kind: type[B], lists: Lists, most: int) -> B:
 
 
 def _refusal(error: ValueError | RecursionError) -> InvalidRequest:
-    """What is wrong with a body, by what was seen of it."""
+    """The error for a body that could not be parsed in parts."""
     if not isinstance(error, ValidationError):
         return MalformedJSON(f"the body is not JSON: {error}")
-    problems = problems_of(error)
-    if problems[0]["type"] != "json_invalid":
-        return invalid(problems)
-    message, _, _ = problems[0]["msg"].partition(" at line ")  # of a part, not of the body
+    errors = errors_in(error)
+    if errors[0]["type"] != "json_invalid":
+        return invalid_request(errors)
+    message, _, _ = errors[0]["msg"].partition(" at line ")  # of a part, not of the body
     return MalformedJSON(f"the body is not JSON: {message}")
 
 
@@ -118,18 +120,18 @@ def _entry(read_one: Callable[[str], Any], text: str, name: str, index: int) -> 
     try:
         return read_one(text)
     except ValidationError as error:
-        problems = problems_of(error)
-        if problems[0]["type"] == "json_invalid":
+        errors = errors_in(error)
+        if errors[0]["type"] == "json_invalid":
             raise
-        for problem in problems:
-            problem["loc"] = (name, index, *problem["loc"])
-        raise invalid(problems) from error
+        for each in errors:
+            each["loc"] = (name, index, *each["loc"])
+        raise invalid_request(errors) from error
 
 
 def _cut(
-    text: str, instead: Mapping[str, str], most: int | None = None, whole: str = ""
+    text: str, placeholders: Mapping[str, str], most: int | None = None, whole: str = ""
 ) -> tuple[str, dict[str, list[tuple[int, int]]]]:
-    """The request with something instead of its lists, and where the entries of each begin and end in the text.
+    """The request with placeholders for its lists, and where the entries of each list begin and end in the text.
 
     Lists that are empty or begin with a character of `whole` stay where they are.
 
@@ -147,8 +149,8 @@ def _cut(
         at = _skip(text, _after(text, _skip(text, at), ":"))
         places.pop(name, None)  # of a repeated key the last counts
         inside = _skip(text, at + 1)
-        if name in instead and text[at : at + 1] == "[" and text[inside : inside + 1] not in "]" + whole:
-            envelope += [text[written:at], instead[name]]
+        if name in placeholders and text[at : at + 1] == "[" and text[inside : inside + 1] not in "]" + whole:
+            envelope += [text[written:at], placeholders[name]]
             places[name], at = _elements(text, at + 1, name, most)
             written = at
         else:
@@ -192,14 +194,14 @@ def _sample(text: str) -> Sample | DenseRewardError:
     try:
         return Sample.model_validate_json(text)
     except ValidationError as error:
-        problems = problems_of(error)
-        if problems[0]["type"] == "json_invalid":
+        errors = errors_in(error)
+        if errors[0]["type"] == "json_invalid":
             raise
-        return invalid(problems, sample=_JSON.decode(text))
+        return invalid_request(errors, sample=_JSON.decode(text))
 
 
 def read_whole(body: bytes, kind: type[B]) -> B:
-    """The request by the one parser that reads it in one piece, and so knows what is wrong with it, and where.
+    """Parse a body in one piece, so that an error says what is wrong, and where.
 
     Raises:
         MalformedJSON: not JSON.
@@ -208,11 +210,11 @@ def read_whole(body: bytes, kind: type[B]) -> B:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        problems = problems_of(error)
-    if problems[0]["type"] == "json_invalid":
-        raise MalformedJSON(f"the body is not JSON: {problems[0]['msg']}")
-    of_the_request = [each for each in problems if len(each["loc"]) < 2 or each["loc"][0] != "samples"]
-    raise invalid(of_the_request or problems)
+        errors = errors_in(error)
+    if errors[0]["type"] == "json_invalid":
+        raise MalformedJSON(f"the body is not JSON: {errors[0]['msg']}")
+    of_the_request = [each for each in errors if len(each["loc"]) < 2 or each["loc"][0] != "samples"]
+    raise invalid_request(of_the_request or errors)
 
 
 def check_number(samples: int, most: int) -> None:

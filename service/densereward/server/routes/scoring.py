@@ -9,7 +9,7 @@ import orjson
 from fastapi import APIRouter, Depends, Request, Response
 
 from densereward.scoring.pipeline import Scorer
-from densereward.server.routes.answering import ERRORS, Prepared, answered, body_like, require_key
+from densereward.server.routes.answering import ERRORS, PreparedRequest, answer_request, body_schema, require_key
 from densereward.server.routes.reading import read
 from densereward.server.service import Service
 from densereward_client.wire import RewardsRequest, RewardsResponse, TokenRewardsRequest, TokenRewardsResponse
@@ -20,26 +20,26 @@ router = APIRouter(dependencies=[Depends(require_key)], responses=ERRORS, tags=[
 
 
 @router.post(
-    "/token_rewards", responses={200: {"model": TokenRewardsResponse}}, openapi_extra=body_like(TokenRewardsRequest)
+    "/token_rewards", responses={200: {"model": TokenRewardsResponse}}, openapi_extra=body_schema(TokenRewardsRequest)
 )
 async def token_rewards(request: Request) -> Response:
     """Sequence rewards, and the same rewards given to the response's tokens."""
-    return await answered(request, partial(_prepare, TokenRewardsRequest))
+    return await answer_request(request, partial(_prepare, TokenRewardsRequest))
 
 
-@router.post("/rewards", responses={200: {"model": RewardsResponse}}, openapi_extra=body_like(RewardsRequest))
+@router.post("/rewards", responses={200: {"model": RewardsResponse}}, openapi_extra=body_schema(RewardsRequest))
 async def rewards(request: Request) -> Response:
     """Sequence rewards only."""
-    return await answered(request, partial(_prepare, RewardsRequest))
+    return await answer_request(request, partial(_prepare, RewardsRequest))
 
 
-def _prepare(kind: type[RewardsRequest], service: Service, body: bytes, max_samples: int) -> Prepared:
+def _prepare(kind: type[RewardsRequest], service: Service, body: bytes, max_samples: int) -> PreparedRequest:
     request, samples = read(body, kind, max_samples)
     scorer: Scorer = service.pipeline_for(request)
-    return Prepared(scorer, scorer.prepare(request, samples), _write)
+    return PreparedRequest(scorer, scorer.prepare(request, samples), _write)
 
 
 def _write(answer: dict[str, Any]) -> bytes:
-    """The answer's bytes, item by item: an encoder holds the interpreter as long as a parser does."""
+    """The answer's bytes, item by item: an encoder blocks the event loop until it is done, in any thread."""
     items = [orjson.Fragment(orjson.dumps(item, option=orjson.OPT_SERIALIZE_NUMPY)) for item in answer["data"]]
     return orjson.dumps(answer | {"data": items})

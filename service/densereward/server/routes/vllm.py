@@ -1,8 +1,7 @@
 """POST /classify and POST /pooling in vLLM's shapes, for trainers that are pointed at such a server.
 
-An input holds prompt and response in one, as the caller rendered them; it is scored as it stands, at its last token,
-and scores are raw. Options of vLLM's that would change a number are refused by their name; what says nothing about
-numbers is taken and not read.
+An input holds prompt and response in one, as the caller rendered them. It is scored as it stands, at its last token,
+and scores are raw. Options of vLLM that would change a number are refused by name; those that change none are ignored.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from pydantic import (
 
 from densereward.errors import InvalidRequest
 from densereward.scoring.pipeline import Pipeline
-from densereward.server.routes.answering import ERRORS, Prepared, answered, body_like, require_key
+from densereward.server.routes.answering import ERRORS, PreparedRequest, answer_request, body_schema, require_key
 from densereward.server.routes.reading import Lists, check_number, read_lists
 from densereward.server.service import Service
 from densereward_client.wire import Message, RewardsRequest, TokenRewardsRequest
@@ -37,8 +36,8 @@ __all__ = ["ClassifyRequest", "PoolingRequest", "router"]
 
 router = APIRouter(dependencies=[Depends(require_key)], responses=ERRORS, tags=["compatibility"])
 
-_UNREAD = ("user", "cache_salt", "truncation_side")
-"""About no number."""
+_IGNORED = ("user", "cache_salt", "truncation_side")
+"""Options that change no number; they are accepted and ignored."""
 
 _RENDERED = "dialogues are rendered by the model's own template, closed; give `input`, rendered as you need it"
 
@@ -58,7 +57,7 @@ _REFUSED: dict[str, tuple[str, Any]] = {
     "mm_processor_kwargs": ("only text is read here", None),
     "media_io_kwargs": ("only text is read here", None),
 }
-"""What would change a number: why it cannot be had, and the value that asks for nothing, as null does."""
+"""Options that would change a number: why each is refused, and the value that changes nothing, as null does."""
 
 _FLOAT32 = {"native": "=f4", "little": "<f4", "big": ">f4"}
 
@@ -181,24 +180,24 @@ class PoolingResponse(_Response):
     data: list[PoolingData]
 
 
-@router.post("/classify", responses={200: {"model": ClassifyResponse}}, openapi_extra=body_like(ClassifyRequest))
+@router.post("/classify", responses={200: {"model": ClassifyResponse}}, openapi_extra=body_schema(ClassifyRequest))
 async def classify(request: Request) -> Response:
     """Classification as vLLM has it: the raw score of whole texts, in `probs`."""
-    return await answered(request, partial(_prepare, ClassifyRequest), samples="input")
+    return await answer_request(request, partial(_prepare, ClassifyRequest), samples="input")
 
 
-@router.post("/pooling", responses={200: {"model": PoolingResponse}}, openapi_extra=body_like(PoolingRequest))
+@router.post("/pooling", responses={200: {"model": PoolingResponse}}, openapi_extra=body_schema(PoolingRequest))
 async def pooling(request: Request) -> Response:
     """Pooling as vLLM has it: the raw score of whole texts, or with the task `token_classify` that after each token."""
-    return await answered(request, partial(_prepare, PoolingRequest), samples="input")
+    return await answer_request(request, partial(_prepare, PoolingRequest), samples="input")
 
 
-def _prepare(kind: type[ClassifyRequest], service: Service, body: bytes, max_samples: int) -> Prepared:
-    asked = read_lists(body, kind, _LISTS, max_samples)
-    _check_options(asked)
-    given: list[Any] = [asked.messages] if asked.input is None else asked.input
+def _prepare(kind: type[ClassifyRequest], service: Service, body: bytes, max_samples: int) -> PreparedRequest:
+    received = read_lists(body, kind, _LISTS, max_samples)
+    _check_options(received)
+    given: list[Any] = [received.messages] if received.input is None else received.input
     check_number(len(given), max_samples)
-    request = _request(asked)
+    request = _request(received)
     model = service.pipeline_for(request)
     if not isinstance(model, Pipeline):
         raise InvalidRequest(
@@ -206,43 +205,46 @@ def _prepare(kind: type[ClassifyRequest], service: Service, body: bytes, max_sam
             code="invalid_ensemble",
             field="model",
         )
-    special = asked.messages is None if asked.add_special_tokens is None else asked.add_special_tokens
+    special = received.messages is None if received.add_special_tokens is None else received.add_special_tokens
     samples = [model.preassembled(each, special_tokens=special) for each in given]
-    return Prepared(model, model.prepare(request, samples), partial(_write, asked))
+    return PreparedRequest(model, model.prepare(request, samples), partial(_write, received))
 
 
-def _check_options(asked: ClassifyRequest) -> None:
-    """Refuse what cannot be honoured, and what is not known to say nothing about numbers."""
-    for name, value in (asked.model_extra or {}).items():
-        if name in _UNREAD:
+def _check_options(received: ClassifyRequest) -> None:
+    """Refuse options that would change a number, and unknown ones."""
+    for name, value in (received.model_extra or {}).items():
+        if name in _IGNORED:
             continue
         if name not in _REFUSED:
             raise InvalidRequest(f"{name}: Extra inputs are not permitted", field=name)
-        reason, idle = _REFUSED[name]
-        if value is not None and (type(value), value) != (type(idle), idle):
+        reason, neutral = _REFUSED[name]
+        if value is not None and (type(value), value) != (type(neutral), neutral):
             raise InvalidRequest(f"{name} cannot be had: {reason}", code="unsupported_option", field=name)
 
 
-def _request(asked: ClassifyRequest) -> RewardsRequest:
+def _request(received: ClassifyRequest) -> RewardsRequest:
     """The request without its samples, which travel beside it."""
-    if _wants_prefixes(asked):
+    if _wants_prefixes(received):
         return TokenRewardsRequest.model_construct(
-            model=asked.model, samples=[], priority=asked.priority, methods=["sparse"], include=["prefix_scores"]
+            model=received.model, samples=[], priority=received.priority, methods=["sparse"], include=["prefix_scores"]
         )
-    return RewardsRequest.model_construct(model=asked.model, samples=[], priority=asked.priority)
+    return RewardsRequest.model_construct(model=received.model, samples=[], priority=received.priority)
 
 
-def _wants_prefixes(asked: ClassifyRequest) -> bool:
-    return isinstance(asked, PoolingRequest) and asked.task == "token_classify"
+def _wants_prefixes(received: ClassifyRequest) -> bool:
+    return isinstance(received, PoolingRequest) and received.task == "token_classify"
 
 
-def _write(asked: ClassifyRequest, answer: dict[str, Any]) -> bytes:
-    data = [_pooled(asked, item) if isinstance(asked, PoolingRequest) else _classified(item) for item in answer["data"]]
+def _write(received: ClassifyRequest, answer: dict[str, Any]) -> bytes:
+    data: list[Any]
+    if isinstance(received, PoolingRequest):
+        kind, data = "pooling", [_pooled(received, item) for item in answer["data"]]
+    else:
+        kind, data = "classify", [_classified(item) for item in answer["data"]]
     tokens = answer["usage"]["prompt_tokens"] + answer["usage"]["response_tokens"]
-    kind = "pooling" if isinstance(asked, PoolingRequest) else "classify"
     return orjson.dumps(
         {
-            "id": f"{kind}-{asked.request_id or uuid.uuid4().hex}",
+            "id": f"{kind}-{received.request_id or uuid.uuid4().hex}",
             "object": "list",
             "created": answer["created"],
             "model": answer["model"],
@@ -256,10 +258,10 @@ def _classified(item: dict[str, Any]) -> dict[str, Any]:
     return {"index": item["index"], "label": None, "probs": [item["reward"]], "num_classes": 1}
 
 
-def _pooled(asked: PoolingRequest, item: dict[str, Any]) -> orjson.Fragment:
-    """An item's bytes: an encoder holds the interpreter as long as a parser does."""
-    scores = item["prefix_scores"][:, None] if _wants_prefixes(asked) else np.array([item["reward"]], np.float32)
-    if asked.encoding_format == "base64":
-        scores = base64.b64encode(scores.astype(_FLOAT32[asked.endianness]).tobytes()).decode()
+def _pooled(received: PoolingRequest, item: dict[str, Any]) -> orjson.Fragment:
+    """An item's bytes, written one by one: an encoder blocks the event loop until it is done, in any thread."""
+    scores = item["prefix_scores"][:, None] if _wants_prefixes(received) else np.array([item["reward"]], np.float32)
+    if received.encoding_format == "base64":
+        scores = base64.b64encode(scores.astype(_FLOAT32[received.endianness]).tobytes()).decode()
     content = {"index": item["index"], "object": "pooling", "data": scores}
     return orjson.Fragment(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY))
