@@ -134,7 +134,7 @@ def test_an_empty_response_leaves_its_reward_in_the_baseline(api: Api) -> None:
         assert item["token_rewards"] == {"red": []}
         assert item["baseline"] == {"red": item["reward"]}
         assert item["warnings"] == [
-            "empty_response: the response holds no token, so no method could share the reward out",
+            "empty_response: the response holds no token, so no method could redistribute the reward",
         ]
 
 

@@ -1,4 +1,4 @@
-"""All methods on texts in which people marked what is wrong: a page with a table for each set, and a plot.
+"""All methods on texts in which people labelled what is wrong: a page with a table for each set, and a plot.
 
     python -m densereward.evaluation.compare --data FOLDER --output FOLDER [--study]
 

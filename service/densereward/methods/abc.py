@@ -15,7 +15,7 @@ have beta = 0.8, the default here. In our own PPO on short texts it gained nothi
 
 Traps: The weights carry no sign, so where R < 0 the most attended tokens are punished most, whatever they say (`red`
 and `contribution` are signed). Early tokens are attention sinks: `attention_mass` reports how much of the row fell on
-the response at all; below 1e-4 the weights are noise, and R is shared out evenly with a warning. In PPO the token that
+the response at all; below 1e-4 the weights are noise, and R is divided evenly with a warning. In PPO the token that
 ends a text is left with a small share, so that policies learn to go on: watch how many end by themselves.
 
 Cost: One forward pass; the row itself is not measurable.

@@ -7,11 +7,11 @@ Equation:
     r_t = softmax(a)_t * R        (weights = "softmax")
     r_t = a_t                     (weights = "signed")
 
-e_t is the token's embedding, e_pad that of the padding token; a model without one has nothing taken off.
+e_t is the token's embedding, e_pad that of the padding token; for a model without one e_pad is 0.
 
 Sum: R ("softmax"); that of a ("signed"), and `baseline` is the rest.
 
-Use: to compare with methods that read the forward pass alone. "signed" keeps which tokens spoke against the response.
+Use: to compare with methods that read the forward pass alone. "signed" keeps which tokens lowered the score.
 
 Traps: the softmax makes shares of R without a sign, and nearly even ones where the a_t are small. A gradient at one
 point is a poor guide through many layers: expect noise in deep models.
@@ -36,7 +36,7 @@ class AttributionParams(Params):
     """Parameters of `attribution`.
 
     Attributes:
-        weights: "softmax" shares R out; "signed" gives each token its own first-order part.
+        weights: "softmax" divides R; "signed" gives each token its own first-order part.
     """
 
     weights: Literal["softmax", "signed"] = "softmax"

@@ -43,10 +43,10 @@ __all__ = [
 Beta = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(ge=-1e6, le=1e6)]
 Positive = Annotated[float, Field(ge=1e-6, le=1e6)]
-"""No reward model has scores beyond these, and float32 keeps what is made of them."""
+"""No reward model has scores beyond these, and float32 can represent what is computed from them."""
 
 Instruction = Annotated[str, Field(min_length=1, max_length=4096)]
-"""A text that a language model is told."""
+"""An instruction for a language model."""
 
 Layers = Literal["last"] | Annotated[list[int], Field(min_length=1, max_length=256)]
 """The last layer, or layer numbers to average or to add up; negative ones count from the last."""
@@ -99,7 +99,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of the response that a method took together.
+    """A part of the response that a method judged as one.
 
     Attributes:
         start, stop: [start, stop) in the reward model's tokens.
@@ -173,9 +173,9 @@ class Method(ABC, Generic[P]):
         return ()
 
     def instructions(self, params: P) -> Sequence[str]:
-        """What a language model is told before the prompt, each in a sequence of its own that follows the variants.
+        """Instructions for a language model before the prompt, each in a sequence of its own, after the variants.
 
-        The log-probabilities of the response are what is needed of those.
+        Only the log-probabilities of the response are needed of these sequences.
         """
         return ()
 
@@ -184,7 +184,7 @@ class Method(ABC, Generic[P]):
         return params
 
     def check(self, response: Response) -> None:
-        """Look at what the trainer sent, before anything is queued.
+        """Check what the trainer sent, before anything is queued.
 
         Raises:
             InvalidRequest: the method needs something the sample does not bring.
@@ -201,10 +201,10 @@ def layer_numbers(layers: Layers) -> list[int]:
 
 
 def proportional(weights: Float64[np.ndarray, " _"], total: float) -> Float64[np.ndarray, " _"]:
-    """`total` shared out in proportion to weights that are not negative and not all zero.
+    """`total` divided in proportion to weights that are not negative and not all zero.
 
     Raises:
-        InvalidRequest: such weights share nothing out.
+        InvalidRequest: the weights are others.
     """
     mass = weights.sum()
     if not (np.isfinite(mass) and mass > 0 and (weights >= 0).all()):

@@ -13,7 +13,7 @@ contrast alone.
 Sum: Of the equation's values; beside a reward model, R and those. `baseline` is what is missing to R.
 
 Use: Token rewards from an instruction-tuned model alone, with no reward model and no reference. T-REG takes them as a
-weak guide for how a sequence's reward is shared out: give them a small `beta`.
+weak guide for how a sequence's reward is divided: give them a small `beta`.
 
 Traps: A model that follows no instructions gives noise around 0. The values are bounded by 1/2 a token, so a long
 response outweighs R. Word `better` and `worse` for the task at hand, and alike but for what they ask for.

@@ -1,7 +1,8 @@
 """`contribution`: what each token added to the score through the scoring token's attention, with its sign.
 
-Source: Ours. The attention of `abc` (arXiv 2402.00782) says how much a token was looked at and not what it said; this
-reads the same attention as direct logit attribution: weight times value, carried on to the score.
+Source: Ours. The attention of `abc` (arXiv 2402.00782) says how much attention a token got, but not what it
+contributed. This method reads the same attention as direct logit attribution: weight times value, carried on to the
+score.
 
 Equation:
     c_t = sum over heads h of a_(h,t) * v_(h,t) . W_O,h . g,     g = dR / d(attention's output at the scored token)
@@ -43,7 +44,7 @@ class ContributionParams(Params):
 
     Attributes:
         layers: "all", "last", or layer numbers whose contributions are added up; negative ones count from the last.
-        rescale: share what other paths brought out in proportion to |c_t|, so that the sum is R.
+        rescale: divide what came by other paths in proportion to |c_t|, so that the sum is R.
     """
 
     layers: Literal["all"] | Layers = "all"

@@ -13,7 +13,7 @@ Sum: R.
 
 Use: To find tokens that later ones build on. To compare with `abc`, which asks the scoring token alone.
 
-Traps: The weights carry no sign, so where R < 0 the tokens that were looked at most are punished most. The last token
+Traps: The weights carry no sign, so where R < 0 the tokens with the most attention are punished most. The last token
 has no later one and gets nothing. Early tokens are seen by more queries; the mean, not the sum, is taken for that.
 
 Cost: One forward pass, and the attention of each such layer written out once more, some 256 rows at a time.

@@ -1,7 +1,7 @@
 """`message`: messages between pivots of the prefix scores, and a mask of those that agree with the response's score.
 
 Source: Li et al., "Adaptive Message-wise RLHF" (later "Adaptive Segment-level Reward"), arXiv 2411.00809. This is a
-reconstruction: the exact rule for pivots and its thresholds are not in anything that was published.
+reconstruction: the exact rule for pivots and its thresholds were not published.
 
 Equation:
     d_t     = s_t - s_(t-1)

@@ -6,8 +6,8 @@ Equation:
     v_u = R - R(without u)
     r_t = v_u / tokens in u
 
-Sum: That of v; `baseline` is the rest of R. Nothing makes the two equal: what two words say together is in both or in
-neither.
+Sum: That of v; `baseline` is the rest of R. The two need not be equal: the joint effect of two words is
+in both values or in neither.
 
 Use: to check the cheap methods against a counterfactual, on a few samples; to see what a reward model reads.
 

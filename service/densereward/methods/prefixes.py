@@ -56,7 +56,7 @@ def scores_at(captured: Captured, response: Response, mode: PrefixMode, boundari
 
 
 def spread_evenly(values: Float64[np.ndarray, " B"], boundaries: Sequence[int]) -> Float64[np.ndarray, " T"]:
-    """Each stretch's value in equal shares on its tokens."""
+    """Each segment's value in equal shares on its tokens."""
     lengths = np.diff(np.asarray(boundaries), prepend=0)
     return np.repeat(values / lengths, lengths)
 

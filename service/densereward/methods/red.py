@@ -6,9 +6,9 @@ Equation:
     r_t = s_t - s_(t-1)
 
 s_t is the score of the prefix of t response tokens, s_0 the score before the response. Where closing tokens follow
-the response, the last token takes the step up to the score at the closing token. The paper is not of one mind about
-s_0, so `first_token` says what becomes of it: "subtract" is Eq. 6 as it stands; "zero" gives the first token 0, as its
-Fig. 4 has it; "fold" gives the first token s_1.
+the response, the last token gets the step up to the score at the closing token. The paper treats s_0 in two ways, so
+`first_token` chooses: "subtract" is Eq. 6 as written; "zero" gives the first token 0, as in its Fig. 4; "fold" gives
+the first token s_1.
 
 Sum: R - s_0, and `baseline` is s_0 ("subtract"); R - s_1 ("zero"); R ("fold").
 
@@ -42,11 +42,11 @@ class RedParams(Params):
     """Parameters of `red`.
 
     Attributes:
-        first_token: what becomes of the score before the response.
+        first_token: how the score before the response is treated.
         prefix_mode: "open" reads the head at each response token as it stands; "closed" scores each prefix as if the
             response ended there, closing tokens included, which is what most reward models were trained to read.
-        stride: only every so many tokens, and at the end, is a score taken; the step since the last one is on the
-            stretch's last token. Closed prefixes cost that much less.
+        stride: a score is taken only after every `stride` tokens, and at the end; the whole step is the reward of the
+            last token before it. Closed prefixes cost that much less.
     """
 
     first_token: Literal["subtract", "zero", "fold"] = "subtract"

@@ -1,4 +1,4 @@
-"""`shapley`: each word's or sentence's average part in the score over all orders in which the response is put together.
+"""`shapley`: each word's or sentence's average part in the score over all orders of putting the response together.
 
 Source: SCAR, arXiv 2505.20417 (Shapley values over spans, Owen values over words in spans).
 
@@ -9,7 +9,7 @@ Equation:
 Sum: R - R(empty response), exactly and however few orders are drawn: every order's parts telescope. `baseline` is
 R(empty response).
 
-Use: where a few samples deserve the fairest split that there is: what words say together is shared between them.
+Use: where a few samples deserve the fairest split: the joint effect of words is divided between them.
 `within_sentences` only takes orders that keep each sentence's words together (Owen values): their sums over sentences
 are the sentences' own Shapley values, and broken sentences are seen less often.
 

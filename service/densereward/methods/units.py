@@ -1,4 +1,4 @@
-"""A response as a row of units that can be left out: sentences, words or tokens."""
+"""A response as units that can be left out: sentences, words or tokens."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def _credit(plan: Plan, prepared: PreparedSample, captured: Captured) -> Credit:
     return Credit(
         rewards,
         on="slots",
-        warnings=("empty_response: the response holds no token, so no method could share the reward out",),
+        warnings=("empty_response: the response holds no token, so no method could redistribute the reward",),
     )
 
 
