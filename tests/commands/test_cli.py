@@ -20,7 +20,7 @@ def test_help_names_every_command() -> None:
         "",
         "  serve   answer trainers over HTTP",
         "  score   score a file of samples without a server",
-        "  check   look whether a model's numbers would be wrong",
+        "  check   check whether a model's numbers would be wrong",
         "  demo    start a server, call it, show tokens coloured by reward",
         "",
         "densereward COMMAND --help lists its flags.",

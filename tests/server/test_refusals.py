@@ -103,7 +103,7 @@ BAD_SAMPLES = {
     ),
     "more tokens than the model reads": Bad(
         _without("prompt", prompt_token_ids=[5] * 2042),
-        "2049 tokens with the closing ones, and the model reads 2048; shorten the prompt or the response "
+        "2049 tokens with the closing tokens, and the model reads 2048; shorten the prompt or the response "
         "(nothing is truncated here)",
         "too_long",
         {"tokens": 2049, "limit": 2048},
