@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from densereward.engines import ENGINES
+from densereward.engines import ENGINES, INTERNAL_ENGINES
 from densereward.heads import HEADS
 from densereward.methods import METHODS
 from densereward.registry import Table
@@ -34,7 +34,7 @@ def test_the_command_line_needs_nothing_until_a_command_runs() -> None:
     assert heavy_modules_after("import densereward.cli") == set()
 
 
-@pytest.mark.parametrize("table", [ENGINES, HEADS, METHODS])
+@pytest.mark.parametrize("table", [ENGINES, INTERNAL_ENGINES, HEADS, METHODS])
 def test_every_row_of_a_table_can_be_imported(table: Table) -> None:
     assert all(table[name] is not None for name in table)
 

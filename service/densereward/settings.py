@@ -31,6 +31,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from densereward.engines import ENGINES
+
 __all__ = ["ALLOWABLE", "PAIR", "ModelSettings", "ServerSettings"]
 
 ALLOWABLE = (
@@ -62,7 +64,7 @@ class ModelSettings(BaseSettings):
         description="Folder or hub id of a reward model; `default` is the embedded one. Repeat it to serve several, "
         "as NAME=SOURCE to name them; the first is the one that answers where a request names none.",
     )
-    engine: Literal["torch", "vllm"] = Field(
+    engine: str = Field(
         "torch", description="What runs the reward models: torch does all, vllm what fleets that run vLLM need."
     )
     engine_arguments: dict[str, Any] = Field(
@@ -112,6 +114,13 @@ class ModelSettings(BaseSettings):
         2**30, description="Bytes for the keys of prompts that come again in later passes; 0 runs every prompt anew."
     )
     max_queue_tokens: PositiveInt = Field(1_048_576, description="Tokens that may wait; beyond that, 429.")
+
+    @field_validator("engine")
+    @classmethod
+    def _is_an_engine(cls, name: str) -> str:
+        if name not in ENGINES:
+            raise ValueError(f"no engine is called {name!r}; there are {', '.join(ENGINES)}")
+        return name
 
     @field_validator("model", "ensemble", "allow", mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tiny
-from densereward.engines import ENGINES
+from densereward.engines import ENGINES, INTERNAL_ENGINES
 from densereward.engines.base import Engine
 
 VLLM: dict[str, Any] = {"kv_cache_memory_bytes": 2**26, "max_num_seqs": 64}
@@ -25,7 +25,7 @@ def load_engine(kind: str, folder: Path, **arguments: Any) -> Any:
         tokens = given.pop("batch_tokens", None)
         return ENGINES["vllm"].load(str(folder), arguments=given, longest=512, batch_tokens=tokens, prompt_cache=1)
     if kind == "unpacked":
-        return ENGINES["unpacked"].load(str(folder), "a test asked for it", device="cpu", longest=512)
+        return INTERNAL_ENGINES["unpacked"].load(str(folder), "a test asked for it", device="cpu", longest=512)
     return ENGINES["torch"].load(str(folder), device="cpu", longest=512)
 
 

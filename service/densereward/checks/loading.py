@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from densereward.checks.examine import examine, refuse
-from densereward.engines import ENGINES
+from densereward.engines import ENGINES, INTERNAL_ENGINES
 from densereward.engines.base import Engine
 from densereward.errors import CannotPack, ModelError
 from densereward.settings import ModelSettings
@@ -90,27 +91,29 @@ def _read_tokenizer(settings: ModelSettings, source: str) -> Any:
 
 
 def _engine(settings: ModelSettings, source: str) -> Engine:
-    """VLLM where the settings say so; otherwise the engine that packs, or the one for models that cannot be packed."""
-    given: dict[str, Any] = {
+    """The engine that the settings name; for a model that it cannot pack, the one that runs such models."""
+    options: dict[str, Any] = {
         "revision": settings.revision,
         "device": settings.device,
         "dtype": settings.dtype,
         "longest": settings.max_length,
         "batch_tokens": settings.max_batch_tokens,
-    }
-    prompts = {"prompt_cache": settings.prompt_cache_bytes}
-    if settings.engine == "vllm":
-        on_vllm: Engine = ENGINES["vllm"].load(source, arguments=settings.engine_arguments, **prompts, **given)
-        return on_vllm
-    given |= {
+        "prompt_cache": settings.prompt_cache_bytes,
         "separator": settings.step_separator,
         "head": settings.head,
         "pickled": "pickle" in settings.allow,
+        "arguments": settings.engine_arguments,
     }
     try:
-        engine: Engine = ENGINES["torch"].load(source, **prompts, **given)
+        return _load_engine(ENGINES[settings.engine], options, source)
     except CannotPack as error:
-        engine = ENGINES["unpacked"].load(source, error.message, **given)
+        return _load_engine(INTERNAL_ENGINES["unpacked"], options, source, error.message)
+
+
+def _load_engine(kind: Any, options: dict[str, Any], *arguments: str) -> Engine:
+    """Load an engine with those of the options that it takes; settings refuse what an engine would ignore."""
+    taken = signature(kind.load).parameters
+    engine: Engine = kind.load(*arguments, **{name: value for name, value in options.items() if name in taken})
     return engine
 
 
@@ -147,7 +150,7 @@ def _load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
     tokenizers = [_tokenizer(source, None) for source in sources.values()]
     engines: list[Any] = []
     for source, tokenizer in zip(sources.values(), tokenizers, strict=True):
-        engine: Engine = ENGINES["language_model"].load(
+        engine: Engine = INTERNAL_ENGINES["language_model"].load(
             source,
             device=settings.device,
             dtype=settings.dtype,
@@ -158,7 +161,7 @@ def _load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
         )
         _examine(engine, _aligner(tokenizer, engine), settings, source)
         engines.append(engine)
-    pair: Engine = ENGINES["pair"](*engines) if len(engines) > 1 else engines[0]
+    pair: Engine = INTERNAL_ENGINES["pair"](*engines) if len(engines) > 1 else engines[0]
     aligners = [_aligner(tokenizer, pair) for tokenizer in tokenizers]
     if len({aligner.vocabulary.fingerprint for aligner in aligners}) > 1:
         raise ModelError(f"the tokenizers of {' and '.join(sources.values())} differ; a pair has one")
