@@ -9,7 +9,7 @@ DenseRewardError
 |   `-- MethodUnavailable     422  the model or the engine cannot give what the method needs
 |-- Unauthorized              401
 |-- Overloaded                429  with Retry-After
-|-- ClientGone                499  nobody is left to answer
+|-- ClientGone                499  the caller left before the answer
 |-- EngineFailure             500
 |-- NotReady                  503  loading or draining, with Retry-After
 |-- EngineDied                503  the engine's process ended, with Retry-After

@@ -111,7 +111,7 @@ class ModelSettings(BaseSettings):
         None, description="Tokens in one forward pass; by default what is fastest, measured at the start."
     )
     prompt_cache_bytes: NonNegativeInt = Field(
-        2**30, description="Bytes for the keys of prompts that come again in later passes; 0 runs every prompt anew."
+        2**30, description="Bytes for the keys of prompts that come again in later passes; 0 caches none."
     )
     max_queue_tokens: PositiveInt = Field(1_048_576, description="Tokens that may wait; beyond that, 429.")
 
@@ -187,7 +187,7 @@ class ModelSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _engine_heeds_them(self) -> ModelSettings:
-        """A setting that the engine does not heed would leave the operator in the belief that it does."""
+        """Refuse settings that the chosen engine would ignore."""
         if self.engine == "torch" and self.engine_arguments:
             raise ValueError("engine_arguments are vLLM's; give --engine vllm with them")
         unused = {"head": self.head, "step_separator": self.step_separator, "allow pickle": "pickle" in self.allow}

@@ -225,8 +225,8 @@ def test_a_sound_model_passes_every_look(tmp_path: Path, capsys: pytest.CaptureF
     assert (status, report["served"]) == (0, True)
     assert {each["status"] for each in report["findings"]} == {"ok"}
     names = [each["name"] for each in report["findings"]]
-    looks = ["weights", "vocabulary", "special_tokens", "template", "score_position", "numbers", "spread", "parity"]
-    assert names == [*looks, "dtype_drift", "speed", "memory"]
+    checks = ["weights", "vocabulary", "special_tokens", "template", "score_position", "numbers", "spread", "parity"]
+    assert names == [*checks, "dtype_drift", "speed", "memory"]
     assert re.search(
         r"the weights take \d+ MiB, this process took at most [\d.]+ [MG]iB", report["findings"][-1]["text"]
     )

@@ -1,4 +1,4 @@
-"""Where a knob's value comes from: flags, then DENSEREWARD_*, then the file, then the default."""
+"""Where a setting's value comes from: flags, then DENSEREWARD_*, then the file, then the default."""
 
 from __future__ import annotations
 

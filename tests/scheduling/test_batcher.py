@@ -191,10 +191,10 @@ async def test_a_long_sequence_does_not_wait_for_a_stream_of_short_ones_to_end()
         short = [asyncio.create_task(batcher.score([sequence(i, i)])) for i in range(1, 4)]
         await until(engine.started.is_set)
         long = asyncio.create_task(batcher.score([sequence(*[9] * 10)]))
-        stream = [asyncio.create_task(batcher.score([sequence(i, i) for i in range(50)])) for _ in range(3)]
+        steady = [asyncio.create_task(batcher.score([sequence(i, i) for i in range(50)])) for _ in range(3)]
         await asyncio.sleep(0)
         engine.gate.set()
-        await asyncio.gather(long, *short, *stream)
+        await asyncio.gather(long, *short, *steady)
     assert [9] * 10 in [ids for batch in engine.batches[:3] for ids in batch]
 
 
@@ -267,13 +267,13 @@ async def test_the_time_to_come_back_is_what_the_last_passes_make_likely() -> No
 
 
 async def test_a_hundred_thousand_waiting_sequences_are_no_burden() -> None:
-    """The work of choosing batches grows with what is chosen, not with what waits: looks are counted, not seconds."""
-    looks = 0
+    """The work of choosing batches grows with what is chosen, not with what waits: tries are counted, not seconds."""
+    tries = 0
 
     class Counted(BatchCost):
         def fits(self, item: SequenceCost, limit: float) -> bool:
-            nonlocal looks
-            looks += 1
+            nonlocal tries
+            tries += 1
             return super().fits(item, limit)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -285,7 +285,7 @@ async def test_a_hundred_thousand_waiting_sequences_are_no_burden() -> None:
             queue.join([Waiting(one, cost_of(one), one.forward_tokens, future, 0.0) for one in each])
         for _ in range(100):
             assert queue.next_batch()
-    assert looks < 100 * 3000
+    assert tries < 100 * 3000
 
 
 Work = tuple[int, int, int]  # which prompt, tokens of the prompt, tokens of the answer

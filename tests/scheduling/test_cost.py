@@ -1,4 +1,4 @@
-"""What a batch costs, beside a count of every token and of every key that it looks at."""
+"""What a batch costs, against a count of every token and of every pair of a query and a key."""
 
 from __future__ import annotations
 

@@ -120,8 +120,8 @@ def test_everything_can_be_included_at_once(api: Api) -> None:
 
 
 def test_base64_carries_the_same_numbers_as_lists(api: Api) -> None:
-    wanted: Json = {"methods": ["red", "abc"], "include": ["prefix_scores", "attention"]}
-    plain, packed = api.item(SAMPLE, **wanted), api.item(SAMPLE, encoding_format="base64", **wanted)
+    request: Json = {"methods": ["red", "abc"], "include": ["prefix_scores", "attention"]}
+    plain, packed = api.item(SAMPLE, **request), api.item(SAMPLE, encoding_format="base64", **request)
     for item in (plain, packed):
         item |= item.pop("token_rewards")
     arrays = ("red", "abc", "prefix_scores", "attention")

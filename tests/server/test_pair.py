@@ -16,7 +16,7 @@ import tiny
 from serving import STEP, Api, Json, command, serving
 
 RATIO = 1e-4
-"""How far a log-ratio may move with its company; log-probabilities of the tiny models are about -6."""
+"""How far a log-ratio may move with its batch; log-probabilities of the tiny models are about -6."""
 
 TEXT: Json = {
     "messages": [{"role": "user", "content": "How was it?"}],

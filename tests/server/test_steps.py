@@ -109,8 +109,8 @@ def test_forms_of_step_rewards_come_back_on_the_trainers_tokens(judges: Api, pla
     ]
     item = judges.item(sample, model="process", methods=asked, include=["segments"])
     p = np.array([each["score"] for each in item["segments"]["score"]])
-    wanted = {"score": p, "signed": 2 * p - 1, "difference": np.diff(p, prepend=0)}
-    for form, values in wanted.items():
+    expected_by_form = {"score": p, "signed": 2 * p - 1, "difference": np.diff(p, prepend=0)}
+    for form, values in expected_by_form.items():
         found = np.array(item["token_rewards"][form])
         assert [found[:2].sum(), found[2:4].sum(), found[4]] == pytest.approx(values.tolist(), abs=STEP)
         if place == "last":
@@ -196,9 +196,9 @@ def test_an_ensemble_of_a_judge_and_a_scorer_has_a_method_by_default_that_both_c
     assert item["token_rewards"].keys() == {"steps"}
 
 
-@pytest.mark.parametrize("company", [1, 7])
-def test_a_response_is_judged_alike_in_any_company(judges: Api, company: int) -> None:
-    samples = [DIALOGUE | {"response": "good food\n\n" * count + "End"} for count in range(1, 1 + company)]
+@pytest.mark.parametrize("others", [1, 7])
+def test_a_response_is_judged_the_same_in_any_batch(judges: Api, others: int) -> None:
+    samples = [DIALOGUE | {"response": "good food\n\n" * count + "End"} for count in range(1, 1 + others)]
     together = judges.items([*samples, DIALOGUE | {"response": SOLUTION}], model="trl", methods=["steps"])
     alone = judges.item(DIALOGUE | {"response": SOLUTION}, model="trl", methods=["steps"])
     assert together[-1]["token_rewards"]["steps"] == pytest.approx(alone["token_rewards"]["steps"], abs=STEP)

@@ -24,7 +24,7 @@ NOT_BY_A_SCORE = ("steps", "implicit", "contrastive")
 """Methods that a model which scores sequences cannot serve by itself."""
 
 SCORE = 1e-6
-"""How far a score of the tiny models, which is about 1, may move with its company."""
+"""How far a score of the tiny models, which is about 1, may move with its batch."""
 STEP = 2 * SCORE
 """The same for a token's reward, which is the difference of two scores."""
 PATIENCE = 120.0  # seconds; a loaded machine is slow to import torch

@@ -122,7 +122,7 @@ class Credit:
         on: whether the rewards are on the reward model's tokens (T, then mapped to slots) or on the slots (L).
         baseline: what the sum leaves out.
         attention_mass: share of the scoring token's row that fell on the response.
-        segments: in order, all of the response; empty where the method cuts none.
+        segments: in order, all of the response; empty where the method has none.
         standard_error: of values that were sampled, the largest.
         warnings: `code: message` each.
     """

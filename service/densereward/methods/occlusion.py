@@ -12,7 +12,7 @@ in both values or in neither.
 Use: to check the cheap methods against a counterfactual, on a few samples; to see what a reward model reads.
 
 Traps: a text without a word may be a text that no one writes, which the model never saw. Tokens are taken out as they
-are and not tokenised anew.
+are; the rest is not tokenised again.
 
 Cost: one forward pass for the response and one for each unit, in packed batches that share the prompt.
 """

@@ -69,7 +69,7 @@ def text_boundaries_of(name: str, response: Response) -> TextBoundaries:
     """
     if response.text_boundaries is None:
         raise InvalidRequest(
-            f"{name} cuts the response's text, and the bytes of its ids cannot be known with this tokenizer; give "
+            f"{name} divides the response's text, and the bytes of its ids cannot be known with this tokenizer; give "
             "`response` as text",
             code="no_spans",
             field="response_token_ids",

@@ -147,9 +147,9 @@ def _orders(units: Units, params: ShapleyParams) -> list[Int64[np.ndarray, " U"]
 
 def _by_sentence(units: Units) -> list[Int64[np.ndarray, " n"]]:
     """The units of each sentence; one that lies across its end belongs to it."""
-    cuts = text_boundaries_of("within_sentences", units.response)
+    boundaries = text_boundaries_of("within_sentences", units.response)
     starts = np.array([start for start, _ in units.spans()])
-    edges = np.searchsorted(starts, [0, *cuts.sentences])
+    edges = np.searchsorted(starts, [0, *boundaries.sentences])
     return [np.arange(start, stop) for start, stop in pairwise(edges.tolist()) if stop > start]
 
 

@@ -1,11 +1,11 @@
 """What waits, and what runs next: fair among callers, prompts together, batches full.
 
 Each call to the server has its own place in the queue. Calls with a lower priority number come first. A batch begins
-with the call whose turn it is, so no call of its priority waits for ever. It is then filled in turn from all calls with
-whatever still fits. What does not fit stays where it is and blocks nobody. A sequence that is taken brings the other
-sequences with its prompt into the batch: the prompt runs once, so they cost only what follows it.
+with the call whose turn it is, so no call of its priority waits without end. It is then filled in turn from all calls
+with whatever still fits. What does not fit stays where it is and blocks nobody. A sequence that is taken brings the
+other sequences with its prompt into the batch: the prompt runs once, so they cost only what follows it.
 
-No step looks at all that waits: it looks at a few sequences of a call, and a batch gives up after some calls in vain.
+No step goes through all that waits: it tries a few sequences of a call, and a batch ends after some calls in vain.
 """
 
 from __future__ import annotations

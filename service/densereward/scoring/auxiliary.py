@@ -1,6 +1,6 @@
 """What is scored beside a sample's own sequence: its variants, its prompt with instructions, its closed prefixes.
 
-All of it joins the queue. So a sample or a request that asks for more than the queue holds is refused beforehand.
+All of it joins the queue. A sample or a request that needs more than the queue can hold is refused before it is made.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ _SUMMED = ("prompt_tokens", "response_tokens", "forward_tokens")
 def on_the_same_tokens(
     samples: Samples, prepared: Sequence[PreparedSample | DenseRewardError], first: Pipeline, other: Pipeline
 ) -> list[Sample | DenseRewardError]:
-    """The samples for another model, its rewards wanted on the trainer's spans, or else on the first model's tokens.
+    """The samples for another model, with the trainer's spans, or else the first model's tokens, as slots.
 
     A sample that cannot be shared becomes the error that says why.
     """

@@ -1,4 +1,4 @@
-"""Closed prefixes as sequences of their own, for models that must read each prefix anew (encoders, for one)."""
+"""Closed prefixes as sequences of their own, for models that must read each prefix by itself, such as encoders."""
 
 from __future__ import annotations
 

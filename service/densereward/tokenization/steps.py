@@ -157,7 +157,7 @@ class StepWriter:
         """A sample whose response is text without closing tokens at its end; ids become spans to reward.
 
         Raises:
-            InvalidRequest: there is no step, or what ids say cannot be written anew.
+            InvalidRequest: there is no step, or the response's ids cannot be rewritten as text.
         """
         ids = sample.response_token_ids
         text, given = self._of_text(sample) if ids is None else self._of_ids(ids)
@@ -194,7 +194,7 @@ class StepWriter:
         same = text is not None and self._added(self._vocabulary.encode(text).ids) == self._added(body)
         if spans is None or text is None or not same or not all(map(self._vocabulary.token_bytes, body)):
             raise InvalidRequest(
-                "the response is written anew, step by step, and its ids are no text that reads as they do; give "
+                "the response is rewritten step by step, and its ids are not what their text is tokenised to; give "
                 "`response` as text",
                 code="no_text",
                 field="response_token_ids",
