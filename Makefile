@@ -16,7 +16,7 @@ REQUIREMENTS := tests/trainers/requirements
 TRAINER_ENVIRONMENTS := $(patsubst $(REQUIREMENTS)/%.txt,$(TRAINERS)/%/.installed,$(wildcard $(REQUIREMENTS)/*.txt))
 
 .PHONY: help setup demo serve test test-slow test-trainers test-vllm lint format benchmark benchmark-gpu evaluate compare study \
-	docs clean
+	docs picture clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -100,6 +100,9 @@ study: setup ## the layers of contribution (2 minutes), into service/docs; DATA=
 
 docs: setup ## write the pages in service/docs/methods from the code
 	$(BIN)/python -m densereward.methods.describe service/docs/methods
+
+picture: setup ## draw the README's picture again (service/docs/token-rewards.svg)
+	$(BIN)/python -m densereward.evaluation.picture service/docs/token-rewards.svg
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
