@@ -166,7 +166,7 @@ def test_the_figures_on_training_are_those_of_the_evidence() -> None:
         for cell, figure in zip((gain, speed, divergence), expected, strict=True):
             assert len(numbers(cell)) == len(numbers(figure))
             assert all(map(rounds_to, map(float, numbers(figure)), numbers(cell)))
-        assert [float(each) for each in numbers(ended)] == [float(each) for each in numbers(endings[row][4])]
+        assert [float(each) for each in numbers(ended)] == [float(each) for each in numbers(endings[row][3])]
 
 
 FIGURES = (
@@ -250,3 +250,10 @@ def test_every_page_is_in_the_index_and_the_readme_leads_there() -> None:
     index = set(re.findall(r"\]\(([\w-]+\.md)\)", page("README.md")))
     assert index == pages - {"README.md"}
     assert "](service/docs/README.md)" in WRITTEN["README.md"]
+
+
+def test_no_page_names_the_address_of_a_package_index() -> None:
+    files = ["Dockerfile", "Makefile", "deploy/compose.yaml", *WRITTEN]
+    for name in files:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert re.findall(r"https?://\S*(?:pypi|pytorch\.org|/simple\b|/whl\b)\S*", text) == []
