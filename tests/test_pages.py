@@ -230,6 +230,17 @@ def test_the_commands_that_a_page_names_exist(name: str) -> None:
     assert commands <= {"serve", "score", "check", "demo"}
 
 
+def test_the_help_lists_every_command_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY:((?:.*\\\n)*.*)$", makefile, re.MULTILINE)
+    described = re.findall(r"^([a-z-]+):.*## \w", makefile, re.MULTILINE)
+    assert (
+        set(described)
+        == set(phony.replace("\\", "").split())
+        == set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    )
+
+
 @pytest.mark.parametrize("name", list(WRITTEN))
 def test_what_a_page_links_to_is_there(name: str) -> None:
     folder = (ROOT / name).parent
