@@ -1,6 +1,6 @@
 """A thin client for the densereward reward-model server: httpx, pydantic and numpy, never torch."""
 
-from ._bound import AsyncBoundClient, BoundClient
+from ._bound_client import AsyncBoundClient, BoundClient
 from ._client import AsyncClient, Client
 from ._errors import (
     BadRequest,

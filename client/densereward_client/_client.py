@@ -16,7 +16,7 @@ from typing import Any, Self
 import httpx
 
 from ._attempts import RETRIED, Attempts, Limits
-from ._bound import AsyncBoundClient, BoundClient
+from ._bound_client import AsyncBoundClient, BoundClient
 from ._call import (
     Answer,
     Call,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._bound import AsyncBoundClient
+from .._bound_client import AsyncBoundClient
 from .._client import AsyncClient
 from ..tensors import row_of
 from ..wire import MethodRequest, Sample, SampleTokenRewards

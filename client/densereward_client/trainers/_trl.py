@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._bound import BoundClient
+from .._bound_client import BoundClient
 from .._call import Truncate
 from .._errors import InvalidAnswer
 

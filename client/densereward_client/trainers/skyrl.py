@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .._bound import AsyncBoundClient
+from .._bound_client import AsyncBoundClient
 from ..wire import TokenRewardsResponse
 from ._rewards import Method, as_method, rewarded
 

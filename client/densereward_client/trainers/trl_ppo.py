@@ -22,7 +22,7 @@ import torch
 import trl
 from torch import nn
 
-from .._bound import BoundClient
+from .._bound_client import BoundClient
 from .._call import Truncate
 from ._trl import Method, Row, Scorer, prompt_of, rollouts, unpadded
 
