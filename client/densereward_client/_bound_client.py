@@ -72,7 +72,7 @@ class BoundClient:
 
         Raises:
             ValueError: The request is wrong; nothing was sent.
-            DenseRewardError: One of its kinds, by what went wrong.
+            DenseRewardError: One of its subclasses, by what went wrong.
         """
         return self._send(
             _token_rewards(
