@@ -68,8 +68,9 @@ class Policy(nn.Module):
         self._writer.load_state_dict(self.upper.state_dict())
         caches, ids, choices = (DynamicCache(), DynamicCache()), self._begun(openings), []
         for _ in range(tokens):
-            hidden = self.lower(inputs_embeds=self.embedding(ids), past_key_values=caches[0]).last_hidden_state
-            hidden = self._writer(inputs_embeds=hidden, past_key_values=caches[1]).last_hidden_state
+            # The cache is given by position, since its name depends on the version of transformers.
+            hidden = self.lower(None, None, None, caches[0], inputs_embeds=self.embedding(ids)).last_hidden_state
+            hidden = self._writer(None, None, None, caches[1], inputs_embeds=hidden).last_hidden_state
             logits = functional.linear(hidden[:, -1].to(self.precision), self.head).float()
             # Drawn on the CPU, so that a seed means the same on every device.
             drawn = torch.rand(len(ids), 1, generator=generator).to(ids.device)
