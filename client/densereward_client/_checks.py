@@ -49,7 +49,7 @@ def _raise_first(index: int, faults: Iterator[str]) -> None:
 
 def _item_faults(index: int, request: RewardsRequest, sample: Sample, item: SampleReward) -> Iterator[str]:
     if item.index != index:
-        yield f"index {item.index} came back in its place"
+        yield f"index {item.index} came back instead"
     if sample.id is not None and item.id != sample.id:
         yield f"id {item.id!r} came back for {sample.id!r}"
     if item.error is None and item.reward is None:

@@ -27,7 +27,7 @@ AN_ERROR = {"code": "too_long", "message": "9 tokens, and 8 is the limit"}
 
 
 @pytest.mark.parametrize(
-    ("spoil", "complaint"),
+    ("spoil", "message"),
     [
         (lambda answer: answer["data"].pop(), "2 samples were sent and 1 items came back"),
         (lambda answer: answer["data"].reverse(), "item 0: index 1"),
@@ -54,16 +54,16 @@ AN_ERROR = {"code": "too_long", "message": "9 tokens, and 8 is the limit"}
     ],
 )
 def test_an_answer_that_breaks_the_contract_is_never_returned(
-    client: Client, server: ScriptedServer, spoil: Callable[[Any], object], complaint: str
+    client: Client, server: ScriptedServer, spoil: Callable[[Any], object], message: str
 ) -> None:
     server.will_answer_but(spoil)
-    with pytest.raises(InvalidAnswer, match=complaint):
+    with pytest.raises(InvalidAnswer, match=message):
         client.token_rewards(SAMPLES, methods=["red"])
     assert len(server.received) == 1
 
 
 @pytest.mark.parametrize(
-    ("sample", "told_by"),
+    ("sample", "expected"),
     [
         ({"prompt": "p", "response": "a b c", "response_spans": [[0, 2], [2, 5]]}, "2 response_spans"),
         ({"prompt": "p", "response_token_ids": [4, 5]}, "2 response_token_ids"),
@@ -71,11 +71,11 @@ def test_an_answer_that_breaks_the_contract_is_never_returned(
     ],
 )
 def test_the_rewards_are_as_many_as_the_trainers_tokens(
-    client: Client, server: ScriptedServer, sample: Any, told_by: str
+    client: Client, server: ScriptedServer, sample: Any, expected: str
 ) -> None:
     assert len(client.token_rewards([sample]).data[0].token_rewards["red"]) == 2
     server.will_answer_but(lambda answer: answer["data"][0].update(reward=1.25, token_rewards={"red": [0.25] * 3}))
-    with pytest.raises(InvalidAnswer, match=f"item 0: red has 3 token rewards for {told_by}"):
+    with pytest.raises(InvalidAnswer, match=f"item 0: red has 3 token rewards for {expected}"):
         client.token_rewards([sample])
 
 

@@ -147,7 +147,7 @@ class Doctored(Client):
 
 
 @pytest.mark.parametrize(
-    ("item", "said"),
+    ("item", "message"),
     [
         ({"reward": None}, "no reward for text 0"),
         ({"baseline": {}}, "no baseline for text 0"),
@@ -157,13 +157,13 @@ class Doctored(Client):
     ],
 )
 def test_a_missing_number_and_another_reading_are_refused(
-    url: str, policy_folder: Path, item: dict[str, Any], said: str
+    url: str, policy_folder: Path, item: dict[str, Any], message: str
 ) -> None:
     policy = Policy(*start.load(policy_folder))
     with Doctored(url) as client:
         client.item = item
         judge = Judge(client, policy.facts, Plan().methods["sparse less prompt"])
-        with pytest.raises(RuntimeError, match=said):
+        with pytest.raises(RuntimeError, match=message):
             judge(policy.openings[:1], responses(policy, [[30, 31]], [2]))
 
 

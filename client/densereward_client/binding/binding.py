@@ -135,7 +135,7 @@ class Binding:
         changed = [name for name in _READ_BY if card and now and getattr(card, name) != getattr(now, name)]
         if changed:
             raise InvalidAnswer(
-                f"the server's model is another one by now ({', '.join(changed)} changed), and ids may have been "
+                f"the server's model has been replaced ({', '.join(changed)} changed), and ids may have been "
                 "misread; bind the tokenizer again"
             )
         self._known.add(answered)
@@ -168,7 +168,7 @@ class Binding:
                 "as cut; name what ends responses as eos_token_ids"
             )
         if any(token in self.eos_token_ids for token in ids[:start]):
-            warnings.append("eos_within: there is text behind an EOS, which was read as if there were none")
+            warnings.append("eos_within: there is text after an EOS, which was read as if there were no EOS")
         return end, warnings
 
     def _mask(self, given: Sample, ids: Sequence[int], content: int, kept: int) -> list[Any]:

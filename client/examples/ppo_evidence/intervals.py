@@ -27,7 +27,7 @@ def student(degrees: int) -> float:
 
 
 def interval(values: Sequence[float], digits: int = 3) -> str:
-    """`mean ± half width (count)`: the 95 % interval by Student's t; without what too few values cannot tell."""
+    """`mean ± half width (count)`, with the 95 % interval by Student's t; a single value has no interval."""
     count = len(values)
     mean = f"{np.mean(values):+.{digits}f} " if count else ""
     error = f"± {half_width(np.array(values)[:, None])[0]:.{digits}f} " if count > 1 else ""

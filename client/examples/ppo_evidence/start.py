@@ -31,7 +31,7 @@ _FACTS = "start.json"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a start policy is besides its weights, in the tokenizer's ids.
+    """What defines a start policy in addition to its weights; all ids are the tokenizer's.
 
     Attributes:
         begin: The id that every text begins with.
@@ -49,7 +49,7 @@ class Facts:
 
 
 def save(folder: Path, decoder: LlamaModel, facts: Facts) -> None:
-    """Write an ordinary model folder and the facts beside it."""
+    """Write a model folder, with the facts in it."""
     decoder.save_pretrained(folder)
     (folder / _FACTS).write_text(json.dumps(asdict(facts)))
 

@@ -184,8 +184,8 @@ def test_bad_samples_keep_their_places(client: Client) -> None:
     long = good | {"response_token_ids": ids_of(tokenizer, "Thank you " * 2000), "id": "long"}
     lost = good | {"response_token_ids": [10**7], "id": "lost"}
     bound = client.bind(tokenizer, model="closed")
-    for ask in (bound.token_rewards, bound.rewards):
-        data = ask([lost, good, long, good], on_error="item").data
+    for call in (bound.token_rewards, bound.rewards):
+        data = call([lost, good, long, good], on_error="item").data
         assert [item.index for item in data] == [0, 1, 2, 3]
         assert [item.error and item.error.code for item in data] == ["invalid_tokens", None, "too_long", None]
     with pytest.raises(ValueError, match="sample 1: the tokenizer has no token 10000000"):
@@ -210,12 +210,12 @@ def test_what_follows_the_first_eos_gets_nothing_and_changes_nothing(policy: str
     padding = min(Binding(TOKENS[policy], client.models(), model)._tokens.special - {ids[-1]}, default=ids[-1])
     bound = client.bind(TOKENS[policy], model=model)
     plain = bound.token_rewards([{"prompt": "How?", "response_token_ids": ids}], methods=METHODS).data[0]
-    for behind in ([ids[-1]] * 3, [padding] * 2, [ids[-1], padding]):
-        sample = {"prompt": "How?", "response_token_ids": [*ids, *behind]}
+    for more in ([ids[-1]] * 3, [padding] * 2, [ids[-1], padding]):
+        sample = {"prompt": "How?", "response_token_ids": [*ids, *more]}
         item = bound.token_rewards([sample], methods=METHODS).data[0]
         assert item.reward == pytest.approx(plain.reward, abs=1e-6)
         for name, rewards in plain.token_rewards.items():
-            np.testing.assert_allclose(item.token_rewards[name], [*rewards, *[0] * len(behind)], atol=2e-6)
+            np.testing.assert_allclose(item.token_rewards[name], [*rewards, *[0] * len(more)], atol=2e-6)
 
 
 def test_both_ways_put_the_reward_on_the_same_token(client: Client, models: ModelList) -> None:

@@ -75,8 +75,8 @@ def test_a_response_behind_a_plain_prompt_keeps_the_blank_it_begins_with(policy:
     direct = client.token_rewards(
         [{"prompt": "How was it?", "response": " Thank you", "finished": False}], methods=["red"], model="closed"
     ).data[0]
-    for asked in ({"prompt": "How was it?"}, {"prompt_token_ids": prompt}):
-        sample: Json = asked | {"response_token_ids": whole[len(prompt) :]}
+    for given_prompt in ({"prompt": "How was it?"}, {"prompt_token_ids": prompt}):
+        sample: Json = given_prompt | {"response_token_ids": whole[len(prompt) :]}
         assert bound.token_rewards([sample], methods=["red"]).data[0].reward == pytest.approx(direct.reward, abs=1e-6)
     dialogue = {"messages": MESSAGES, "response_token_ids": whole[len(prompt) :]}
     assert bound.binding.bind(dialogue).sample.response == "Thank you"

@@ -1,4 +1,4 @@
-"""Lists in base64: the same numbers as the list form, and refusals that name the field."""
+"""Lists as base64: the same numbers as JSON lists, and errors that name the field."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def _samples(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(sample=_samples())
 def test_what_is_sent_in_base64_is_read_as_the_same_numbers(sample: dict[str, Any]) -> None:
-    given_ = Sample.model_validate(sample)
-    sent = given_.model_dump_json(exclude_unset=True, context=BASE64)
-    assert Sample.model_validate_json(sent) == given_
+    original = Sample.model_validate(sample)
+    sent = original.model_dump_json(exclude_unset=True, context=BASE64)
+    assert Sample.model_validate_json(sent) == original
     assert isinstance(json.loads(sent)["token_entropies"], str)
     assert isinstance(json.loads(sent)["response_mask"], str) is (len(sample["response_mask"]) >= 64)
 
