@@ -1,4 +1,4 @@
-"""How often a call is tried and how long it may take, for the blocking and the asyncio loop alike."""
+"""How often a call is tried and how long it may take, for both clients."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from ._errors import ConnectionFailed, DeadlineExceeded, DenseRewardError, Overl
 
 RETRIED = (ConnectionFailed, Overloaded, Unavailable)
 
-_CONNECT_SECONDS = 10.0  # a host that drops packets must not eat the whole deadline in one attempt
+_CONNECT_SECONDS = 10.0  # so that a host that drops packets does not use up the deadline in one attempt
 _READY_SECONDS = 5.0
 _FIRST_BACKOFF_SECONDS = 0.5
 _LONGEST_BACKOFF_SECONDS = 10.0
-_CLOCK_SLACK_SECONDS = 0.001  # timers may fire this early
+_CLOCK_SLACK_SECONDS = 0.001  # timers may fire this much too early
 
-# Of its own: a trainer seeds the shared generator, alike in every process, and counts on its sequence.
+# Not the shared generator: a trainer seeds that one the same in every process and relies on its sequence.
 _jitter = random.SystemRandom()
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds one call may take in all, and how often it is tried again."""
+    """Seconds one call may take in total, and how often it is retried."""
 
     timeout: float
     retries: int
 
     def __post_init__(self) -> None:
         if not (self.timeout > 0 and math.isfinite(self.timeout)):
-            raise ValueError(f"timeout is a number of seconds above 0, not {self.timeout!r}")
+            raise ValueError(f"timeout must be a number of seconds above 0, not {self.timeout!r}")
         if self.retries < 0:
-            raise ValueError(f"retries is 0 or more, not {self.retries!r}")
+            raise ValueError(f"retries must be 0 or more, not {self.retries!r}")
 
     def for_ready(self) -> Limits:
-        """One short attempt."""
+        """Limits for `ready()`: one short attempt."""
         return Limits(min(self.timeout, _READY_SECONDS), retries=0)
 
 
@@ -53,18 +53,18 @@ class Attempts:
         self._failures: list[DenseRewardError] = []
 
     def seconds_left(self) -> float:
-        """Until the deadline; below 0 after it."""
+        """Seconds until the deadline; negative after it."""
         return self._deadline - time.monotonic()
 
     def extensions(self) -> dict[str, Any]:
-        """What limits an attempt's time, as an argument of httpx's `request` and `stream`."""
+        """The timeouts of an attempt, as the `extensions` of httpx's `request` and `stream`."""
         return {"timeout": _PhaseTimeouts(self)}
 
     def pause_after(self, error: ConnectionFailed | Overloaded | Unavailable) -> float:
-        """Seconds to wait before the next attempt; raises the error where there is to be none."""
-        named = None if isinstance(error, ConnectionFailed) else error.retry_after
-        # Jitter comes on top of the time the server named, or all whom it turned away would return at once.
-        pause = (named or 0.0) + self._backoff()
+        """Seconds to wait before the next attempt; raises the error if there is none."""
+        retry_after = None if isinstance(error, ConnectionFailed) else error.retry_after
+        # Jitter on top of Retry-After: otherwise all refused clients would come back at the same time.
+        pause = (retry_after or 0.0) + self._backoff()
         self._failures.append(error)
         left = self.seconds_left()
         if len(self._failures) > self._limits.retries or pause >= left:
@@ -75,7 +75,7 @@ class Attempts:
         return pause
 
     def while_time_is_left(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        """The chunks of a body; a timeout once the deadline has passed."""
+        """The chunks of a body; raises TimeoutError once the deadline has passed."""
         for chunk in chunks:
             if self.seconds_left() <= 0:
                 raise TimeoutError
@@ -83,11 +83,11 @@ class Attempts:
 
     @contextmanager
     def translating(self) -> Iterator[None]:
-        """Turns what a connection raises into this package's errors."""
+        """Turns the errors of a connection into this package's."""
         try:
             yield
         except (httpx.RequestError, TimeoutError) as error:
-            # The clock decides, not the exception: a connect timeout, say, is often shorter than the deadline.
+            # The clock decides, not the exception: a connect timeout is often shorter than the deadline.
             if self.seconds_left() > _CLOCK_SLACK_SECONDS:
                 raise ConnectionFailed(f"no answer: {error!r}") from error
             raise DeadlineExceeded(self._history()) from error
@@ -102,7 +102,7 @@ class Attempts:
 
 
 class _PhaseTimeouts(Mapping[str, float]):
-    """An attempt's timeouts, looked up as each phase begins (connect, write, read), so that they never add up."""
+    """httpx looks up a timeout as each phase begins, so each gets the time that is then left."""
 
     def __init__(self, attempts: Attempts) -> None:
         self._attempts = attempts

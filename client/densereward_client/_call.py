@@ -1,4 +1,4 @@
-"""One call, whoever makes it: the request that is sent, and how its answer is read."""
+"""Calls, as every client makes them: the request that is sent, and how its answer is read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ParsedAnswer = TypeVar("_ParsedAnswer", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Call(Generic[Answer]):
-    """What is sent, and how a success is read."""
+    """What is sent, and how a successful answer is read."""
 
     method: str
     path: str
@@ -49,7 +49,7 @@ class Call(Generic[Answer]):
         return {"method": self.method, "url": self.path, "content": self.body}
 
     def answer(self, response: httpx.Response, body: bytes) -> Answer:
-        """The checked answer, or the error that the response stands for."""
+        """The checked answer; raises the error that an unsuccessful response stands for."""
         if not response.is_success:
             raise status_error(response.status_code, body, response.headers.get("Retry-After"))
         return self.read(body)
@@ -110,7 +110,7 @@ def models_call() -> Call[ModelList]:
 
 
 def ready_call() -> Call[bool]:
-    """GET /ready; any success is a yes."""
+    """GET /ready; any success means yes."""
     return Call("GET", "/ready", None, lambda _: True)
 
 
@@ -130,7 +130,7 @@ def _post(
         check(request, answer)
         return answer
 
-    # Only what was set: a None that the caller wrote into a message or a method's parameters is kept.
+    # exclude_unset, not exclude_none: a None that the caller put into a message or a method is sent.
     body = request.model_dump_json(exclude_unset=True, context=encoding_format).encode()
     return Call("POST", path, body, read)
 

@@ -1,4 +1,4 @@
-"""Whether an answer fits its request: a silently wrong number is worse than an outage."""
+"""Checks that an answer fits its request: a wrong number that nobody notices is worse than an outage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .wire import (
     TokenRewardsResponse,
 )
 
-_SUM_TOLERANCE = 1e-4  # float32 sums, relative to the largest term in play
+_SUM_TOLERANCE = 1e-4  # float32 sums, relative to the largest term
 
 
 def check_rewards(request: RewardsRequest, answer: RewardsResponse) -> None:
@@ -27,7 +27,7 @@ def check_rewards(request: RewardsRequest, answer: RewardsResponse) -> None:
 
 
 def check_token_rewards(request: TokenRewardsRequest, answer: TokenRewardsResponse) -> None:
-    """As `check_rewards`; and every method asked for has one finite reward a token, summing to the sample's reward."""
+    """As `check_rewards`; every requested method also has one finite reward per token, and they sum to the reward."""
     _check_items(request, answer.data)
     for sample, item in zip(request.samples, answer.data, strict=True):
         if item.error is None:
@@ -42,14 +42,14 @@ def _check_items(request: RewardsRequest, items: Sequence[SampleReward]) -> None
 
 
 def _raise_first(index: int, faults: Iterator[str]) -> None:
-    # No further than the first: a check may rely on those before it, as the mask does on the lengths.
+    # Only the first: a check may rely on those before it, as the mask does on the lengths.
     for fault in faults:
         raise InvalidAnswer(f"item {index}: {fault}")
 
 
 def _item_faults(index: int, request: RewardsRequest, sample: Sample, item: SampleReward) -> Iterator[str]:
     if item.index != index:
-        yield f"index {item.index} came back in its place"
+        yield f"index {item.index} came back instead"
     if sample.id is not None and item.id != sample.id:
         yield f"id {item.id!r} came back for {sample.id!r}"
     if item.error is None and item.reward is None:
@@ -74,8 +74,8 @@ def _token_faults(request: TokenRewardsRequest, sample: Sample, item: SampleToke
 
 
 def _method_faults(request: TokenRewardsRequest, item: SampleTokenRewards) -> Iterator[str]:
-    asked = {method if isinstance(method, str) else method.key for method in request.methods or ()}
-    if missing := asked - item.token_rewards.keys():
+    requested = {method if isinstance(method, str) else method.key for method in request.methods or ()}
+    if missing := requested - item.token_rewards.keys():
         yield f"no token rewards of {', '.join(sorted(missing))}"
     if not item.token_rewards:
         yield "no token rewards at all"

@@ -1,7 +1,7 @@
-"""`Client` and `AsyncClient`: two thin loops around everything that is not input or output.
+"""`Client` and `AsyncClient`: two thin loops that send and sleep; everything else is shared.
 
-A call goes `Call` (what is sent, how the answer is read and checked) -> `Attempts` (how often, how long) -> the loop,
-which only sends and sleeps.
+`Call` describes what is sent and how the answer is read and checked. `Attempts` decides how often it is tried and how
+long it may take.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Self
 import httpx
 
 from ._attempts import RETRIED, Attempts, Limits
-from ._bound import AsyncBoundClient, BoundClient
+from ._bound_client import AsyncBoundClient, BoundClient
 from ._call import (
     Answer,
     Call,
@@ -40,14 +40,14 @@ _NOT_READY = (ConnectionFailed, DeadlineExceeded, Unavailable)
 
 
 class Client:
-    """A densereward server, called from ordinary code. Safe to share between threads.
+    """A densereward server, called from synchronous code. Safe to share between threads.
 
     Args:
         base_url: Where the server listens, such as `http://127.0.0.1:8000`.
         api_key: Sent as `Authorization: Bearer KEY`.
-        timeout: Seconds one call may take in all, its retries and pauses included.
-        retries: How often a call is tried again after 429, 503 or a lost connection. Nothing else is tried again.
-        priority: Of all its calls: lower numbers are served before all that waits with a higher one.
+        timeout: Seconds one call may take in total, with its retries and pauses.
+        retries: How often a call is retried after 429, 503 or a lost connection. Nothing else is retried.
+        priority: The priority of all its calls; lower numbers are served first.
         httpx_options: Further arguments of `httpx.Client`, such as `verify`, `proxy` or `limits`.
     """
 
@@ -80,23 +80,24 @@ class Client:
         """Rewards every token of every sample: `answer.data[i].token_rewards[method]` is float32[T_i].
 
         T_i is the number of `response_spans`, else of `response_token_ids`, else of the reward model's own tokens.
-        Checked: `sum(token_rewards[method]) + baseline[method] == reward`, lengths, order, ids, finiteness.
+        Every answer is checked for lengths, order, ids, finite numbers, and that
+        `sum(token_rewards[method]) + baseline[method] == reward`.
 
         Args:
-            samples: Prompts and responses, as `Sample` or as mappings of the same fields. One call is one batch.
-            methods: Names, or mappings with parameters such as `{"name": "abc", "beta": 0.8}`; the server's choice
-                by default.
-            include: What else to answer with, such as "tokens" or "prefix_scores".
-            model: One of `models()`, the server's first by default; several answer as an ensemble.
-            ensemble: How several become one, as in `wire.Ensemble`; their mean by default.
-            on_error: "request" raises for a bad sample; "item" gives that sample an `error` and serves the rest.
-            truncate: "prompt_left" shortens prompts that are too long from their beginning, and says so.
-            encoding_format: How arrays travel. "base64" is smaller and quicker; the numbers are the same. Of what is
-                sent, that goes for lists of 64 entries and more.
+            samples: Prompts and responses, as `Sample` or as mappings with the same fields.
+            methods: Names, or mappings with parameters such as `{"name": "abc", "beta": 0.8}`; by default the server
+                chooses.
+            include: What else the answer holds, such as "tokens" or "prefix_scores".
+            model: One of `models()`, by default the first; several form an ensemble.
+            ensemble: How the rewards of several models are combined, as in `wire.Ensemble`; by default their mean.
+            on_error: "request" raises if a sample is bad; "item" gives that sample an `error` and serves the rest.
+            truncate: "prompt_left" drops tokens at the beginning of prompts that are too long, and reports how many.
+            encoding_format: How arrays are sent, in both directions. "base64" is smaller and quicker, with the same
+                numbers; in requests it applies to lists of 64 entries and more.
 
         Raises:
             pydantic.ValidationError: The request is wrong; nothing was sent.
-            DenseRewardError: One of its kinds, by what went wrong.
+            DenseRewardError: One of its subclasses, by what went wrong.
         """
         return self._send(
             token_rewards_call(
@@ -114,34 +115,34 @@ class Client:
         truncate: Truncate | None = None,
         encoding_format: EncodingFormat = "base64",
     ) -> RewardsResponse:
-        """One reward a sample, `answer.data[i].reward`. Arguments and errors are those of `token_rewards`."""
+        """One reward per sample, `answer.data[i].reward`. Arguments and errors are those of `token_rewards`."""
         return self._send(rewards_call(samples, model, ensemble, on_error, truncate, encoding_format, self._priority))
 
     def bind(
         self, tokenizer: Any, *, model: Model | None = None, eos_token_ids: Sequence[int] | None = None
     ) -> BoundClient:
-        """This server, asked in a policy's own tokens.
+        """This server, called in a policy's own tokens.
 
         Args:
             tokenizer: The policy's: a transformers fast tokenizer.
-            model: One of `models()`, the server's first by default; several answer as an ensemble.
+            model: One of `models()`, by default the first; several form an ensemble.
             eos_token_ids: What ends the policy's responses; by default its tokenizer's EOS.
 
         Raises:
-            ValueError: There is no such model, or the tokenizer spells in a way that is not known.
-            DenseRewardError: One of its kinds, by what went wrong.
+            ValueError: There is no such model, or how the tokenizer writes its tokens is not known.
+            DenseRewardError: One of its subclasses, by what went wrong.
         """
         return BoundClient(self, Binding(tokenizer, self.models(), model, eos_token_ids))
 
     def models(self) -> ModelList:
-        """The models that are loaded, and the methods each of them can serve."""
+        """The loaded models, and the methods that each can serve."""
         return self._send(models_call())
 
     def ready(self) -> bool:
-        """Whether the server can score now: one attempt of at most 5 seconds. A server that is not there is not ready.
+        """Whether the server can score now, by one attempt of at most 5 seconds. False if there is no server.
 
         Raises:
-            StatusError: Something answered, and it is no densereward server that is starting or draining.
+            StatusError: Something else answered: not a densereward server, or one that refuses the request.
         """
         try:
             return self._send(ready_call(), self._limits.for_ready())
@@ -171,7 +172,7 @@ class Client:
 
     def _attempt(self, call: Call[Answer], attempts: Attempts) -> Answer:
         with attempts.translating(), self._http.stream(**call.sent(), extensions=attempts.extensions()) as response:
-            # httpx bounds each wait for data and not their sum, so the deadline is looked at between them.
+            # httpx limits each wait for data but not their sum, so the deadline is checked between them.
             body = b"".join(attempts.while_time_is_left(response.iter_bytes()))
         return call.answer(response, body)
 
@@ -275,12 +276,12 @@ class AsyncClient:
 def _httpx_options(base_url: str, api_key: str | None, options: dict[str, Any]) -> dict[str, Any]:
     url = httpx.URL(base_url)
     if url.scheme not in ("http", "https") or not url.host:
-        raise ValueError(f"base_url is like http://127.0.0.1:8000, not {base_url!r}")
+        raise ValueError(f"base_url must be like http://127.0.0.1:8000, not {base_url!r}")
     headers = httpx.Headers({"Content-Type": "application/json", "User-Agent": "densereward-client"})
     headers.update(options.get("headers"))
     if api_key is not None:
-        # httpx would only find out while sending, and its message would show the key.
+        # httpx would notice only when sending, and its message would show the key.
         if not re.fullmatch(r"[!-~]+", api_key):
-            raise ValueError("api_key is printable ASCII without spaces or line ends")
+            raise ValueError("api_key must be printable ASCII without spaces or line ends")
         headers["Authorization"] = f"Bearer {api_key}"
     return {**options, "base_url": url, "headers": headers}

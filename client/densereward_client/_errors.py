@@ -1,12 +1,12 @@
-"""What can go wrong, by what the caller can do about it.
+"""Errors, grouped by what the caller can do about them.
 
 ```
 DenseRewardError
 ├── ConnectionFailed        no answer: refused, reset, cut short                        (retried)
 ├── DeadlineExceeded        the total deadline passed while waiting for an answer
-├── InvalidAnswer           a success whose content breaks the contract: never hand it to a trainer
-└── StatusError             the server says no; carries status, code, message, details
-    ├── BadRequest          400, 413, 422 and other 4xx: the request has to change
+├── InvalidAnswer           a success whose content breaks the contract; it must not reach a trainer
+└── StatusError             the server refused; carries status, code, message, details
+    ├── BadRequest          400, 413, 422 and other 4xx: the request must change
     ├── Unauthorized        401, 403: no key, or the wrong one
     ├── NotFound            404: no such model, or not this server
     ├── Overloaded          429: the queue is full                                      (retried)
@@ -29,15 +29,15 @@ from pydantic import ValidationError
 
 from .wire import Error, ErrorBody
 
-_BODY_SHOWN = 200  # characters of an answer that is not ours: enough to recognise a proxy's page
+_BODY_SHOWN = 200  # characters of a foreign answer, enough to recognise a proxy's page
 
 
 class DenseRewardError(Exception):
-    """Whatever a call of the client can raise once the request is on its way."""
+    """Every error that a call can raise once the request is sent."""
 
 
 class ConnectionFailed(DenseRewardError):
-    """No answer came back: the connection was refused, reset or cut short, as often as it was tried."""
+    """No answer came back: the connection was refused, reset or cut short, in every attempt."""
 
 
 class DeadlineExceeded(DenseRewardError):
@@ -45,7 +45,7 @@ class DeadlineExceeded(DenseRewardError):
 
 
 class InvalidAnswer(DenseRewardError):
-    """The server reported success, and the content breaks the contract or does not fit the request."""
+    """The server reported success, but the content breaks the contract or does not fit the request."""
 
 
 class StatusError(DenseRewardError):
@@ -53,16 +53,16 @@ class StatusError(DenseRewardError):
 
     Attributes:
         status: The HTTP status.
-        code: The server's name for the error; "unknown" where the answer is not densereward's.
-        message: What went wrong; the beginning of the body where the answer is not densereward's.
+        code: The server's name for the error; "unknown" if the answer is not a densereward server's.
+        message: What went wrong; the beginning of the body if the answer is not a densereward server's.
         details: Further facts, such as the index of the bad sample.
-        retry_after: Seconds to wait that the server named, if it did.
+        retry_after: Seconds to wait, if the server gave a time.
     """
 
     def __init__(
         self, status: int, code: str, message: str, details: Mapping[str, Any], retry_after: float | None = None
     ) -> None:
-        # All of them are arguments of the exception, so that it survives pickling between a trainer's processes.
+        # All are arguments of the exception, so that it can be pickled between a trainer's processes.
         super().__init__(status, code, message, details, retry_after)
         self.status = status
         self.code = code
@@ -75,7 +75,7 @@ class StatusError(DenseRewardError):
 
 
 class BadRequest(StatusError):
-    """The request has to change before it can be served."""
+    """The request must change before it can be served."""
 
 
 class Unauthorized(StatusError):
@@ -95,7 +95,7 @@ class Unavailable(StatusError):
 
 
 class ServerFailure(StatusError):
-    """The server failed, or gave up at its own deadline."""
+    """The server failed, or reached its own deadline."""
 
 
 _BY_STATUS: dict[int, type[StatusError]] = {
@@ -108,7 +108,7 @@ _BY_STATUS: dict[int, type[StatusError]] = {
 
 
 def status_error(status: int, body: bytes, retry_after: str | None) -> StatusError:
-    """The error that an unsuccessful answer stands for; `retry_after` is the header of that name."""
+    """The error for an unsuccessful answer; `retry_after` is the Retry-After header."""
     kind = _BY_STATUS.get(status, BadRequest if 400 <= status < 500 else ServerFailure)
     error = _read_error(body)
     return kind(status, error.code, error.message, error.details, _seconds(retry_after))
@@ -127,7 +127,7 @@ def _read_error(body: bytes) -> Error:
 
 
 def _seconds(header: str | None) -> float | None:
-    """Retry-After, which is a number of seconds or a date; None where it is neither."""
+    """Retry-After as seconds; it is a number or a date, and None if neither."""
     if header is None:
         return None
     try:

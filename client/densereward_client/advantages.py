@@ -1,4 +1,4 @@
-"""Token rewards inside the advantages of methods with a group baseline (GRPO, RLOO and their kin)."""
+"""Token rewards inside the advantages of methods with a group baseline (GRPO, RLOO and the like)."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ def with_token_rewards(
 ) -> NDArray[np.float32]:
     """`A + alpha * (r_t - mean r)` at every token: float32[B, T], zero where the mask is.
 
-    The mean is over the row's own tokens, so a row's mean advantage stays the sequence's. That is why token rewards
-    can be added to a group's advantages without counting the sequence's reward, or its baseline, a second time.
+    The mean is over the row's unmasked tokens, so the mean advantage of a row stays A. Token rewards therefore count
+    neither the sequence's reward nor the group's baseline a second time.
 
     Args:
-        sequence_advantages: [B], one for each sequence, the group's baseline already taken off.
-        rewards: [B, T], such as `to_padded` gives. Their level is of no consequence, only their differences.
-        mask: [B, T], true or 1 for the tokens that are learned from.
-        alpha: How much of a difference of 1 between two tokens' rewards becomes a difference of their advantages.
+        sequence_advantages: A, [B], one per sequence, with the group's baseline already subtracted.
+        rewards: r, [B, T], as `to_padded` returns them. Only differences within a row matter.
+        mask: [B, T], true or 1 for the tokens to learn from.
+        alpha: The weight of token rewards.
 
     Raises:
-        ValueError: Shapes do not fit, the mask holds something else than 0 and 1, or a number is not finite.
+        ValueError: Shapes do not match, the mask holds other values than 0 and 1, or a number is not finite.
     """
-    sequence, dense, given = np.asarray(sequence_advantages, "f8"), np.asarray(rewards, "f8"), np.asarray(mask)
-    if dense.ndim != 2 or sequence.shape != dense.shape[:1] or given.shape != dense.shape:
+    advantages, dense, given = np.asarray(sequence_advantages, "f8"), np.asarray(rewards, "f8"), np.asarray(mask)
+    if dense.ndim != 2 or advantages.shape != dense.shape[:1] or given.shape != dense.shape:
         raise ValueError(
-            f"advantages are [B], rewards and mask [B, T], not {sequence.shape}, {dense.shape} and {given.shape}"
+            f"advantages must be [B], rewards and mask [B, T], not {advantages.shape}, {dense.shape} and {given.shape}"
         )
     if not np.isin(given, (0, 1)).all():
         raise ValueError("the mask holds something else than 0 and 1")
-    if not (np.isfinite(sequence).all() and np.isfinite(dense).all() and np.isfinite(alpha)):
-        raise ValueError("advantages, rewards and alpha must be finite: a NaN would become a gradient in silence")
+    if not (np.isfinite(advantages).all() and np.isfinite(dense).all() and np.isfinite(alpha)):
+        raise ValueError("advantages, rewards and alpha must be finite: a NaN would silently become a gradient")
     kept = given.astype(np.bool_)
     counts = np.maximum(kept.sum(axis=1, keepdims=True), 1)
     means = np.where(kept, dense, 0.0).sum(axis=1, keepdims=True) / counts
-    return np.where(kept, sequence[:, None] + alpha * (dense - means), 0.0).astype(np.float32)
+    return np.where(kept, advantages[:, None] + alpha * (dense - means), 0.0).astype(np.float32)

@@ -1,4 +1,4 @@
-"""From the lists of an answer to the padded rectangle a trainer computes on."""
+"""Pads the rewards of an answer into the [B, T] array that a trainer computes with."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Padded(NamedTuple):
     """Token rewards of a batch. Unpacks: `rewards, mask = to_padded(answer, "red")`.
 
     Attributes:
-        rewards: float32[B, T]; 0 where a row has no token.
-        mask: bool[B, T]; True where a row has a token, those that `response_mask` left out included.
+        rewards: float32[B, T]; 0 for padding.
+        mask: bool[B, T]; True for tokens, also those with 0 in `response_mask`; False for padding.
     """
 
     rewards: NDArray[np.float32]
@@ -40,25 +40,25 @@ def to_padded(
     length: int | None = None,
     padding_side: Literal["right", "left"] = "right",
 ) -> Padded:
-    """Token rewards of one method, one row a sample, in the order of the request.
+    """Token rewards of one method, one row per sample, in the order of the request.
 
     Args:
         answer: What `Client.token_rewards` returned.
-        method: The method's name, or the label it was asked for with.
-        length: T, the columns; by default the longest row's.
-        padding_side: Where the filling goes: "right" starts every row in column 0, "left" ends it in column T - 1.
+        method: The method's name, or the label it was requested with.
+        length: T, the number of columns; by default the length of the longest row.
+        padding_side: "right" starts every row in column 0, "left" ends every row in column T - 1.
 
     Raises:
         ValueError: A sample was not served, has no rewards of this method, or has more tokens than `length`.
     """
     if padding_side not in ("right", "left"):
-        raise ValueError(f"padding_side is 'right' or 'left', not {padding_side!r}")
+        raise ValueError(f"padding_side must be 'right' or 'left', not {padding_side!r}")
     rows = [row_of(item, method) for item in answer.data]
     longest = max(map(len, rows), default=0)
     columns = longest if length is None else length
     if longest > columns:
         index = next(index for index, row in enumerate(rows) if len(row) == longest)
-        raise ValueError(f"sample {index} has {longest} tokens, more than length={columns}; nothing is cut in silence")
+        raise ValueError(f"sample {index} has {longest} tokens, more than length={columns}; rows are never cut")
     rewards = np.zeros((len(rows), columns), dtype=np.float32)
     mask = np.zeros((len(rows), columns), dtype=np.bool_)
     for index, row in enumerate(rows):
@@ -79,6 +79,6 @@ def row_of(item: SampleTokenRewards, method: str) -> NDArray[np.float32]:
             f"sample {item.index} (id {item.id!r}) was not served: {item.error.code}: {item.error.message}"
         )
     if method not in item.token_rewards:
-        there = ", ".join(sorted(item.token_rewards)) or "none"
-        raise ValueError(f"sample {item.index} has no token rewards of {method!r}; there are: {there}")
+        available = ", ".join(sorted(item.token_rewards)) or "none"
+        raise ValueError(f"sample {item.index} has no token rewards of {method!r}; there are: {available}")
     return item.token_rewards[method]

@@ -1,8 +1,8 @@
-"""What the tokens of a Hugging Face fast tokenizer write, in bytes, read from its own definition.
+"""The bytes that each token of a Hugging Face fast tokenizer writes, read from the tokenizer's own definition.
 
-Text is put together from ids and never tokenised again, so every byte has the token it came from. Known are the three
-ways in which tokenizers spell: byte-level BPE (GPT-2's alphabet), `▁` for blanks (SentencePiece, with or without bytes
-such as `<0x0A>`), and WordPiece (`##` within a word).
+Text is put together from ids and never tokenised again, so it is known which token wrote which byte. Three kinds of
+tokenizers are known: byte-level BPE (GPT-2's alphabet), SentencePiece (`▁` for a space, with or without byte tokens
+such as `<0x0A>`) and WordPiece (`##` within a word).
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = ["TokenBytes", "byte_alphabet", "fingerprint"]
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-# What the WordPiece decoder takes together when it cleans up, token by token.
-_CLEANED = (
+# What the WordPiece decoder replaces in each token when it cleans up.
+_CLEAN_UP = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
     (" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Character of a byte-level token to the byte it stands for.
+    """Maps each character of byte-level tokens to the byte it stands for.
 
     Printable bytes stand for themselves; the others, in order, are moved to 256 and up (GPT-2's convention).
     """
@@ -35,7 +36,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def fingerprint(vocabulary: dict[str, int], merges: Sequence[Any]) -> str:
-    """sha256 of vocabulary and merges: equal for tokenizers whose ids stand for the same tokens."""
+    """sha256 of vocabulary and merges; equal if the ids of two tokenizers stand for the same tokens."""
     ordered = sorted(vocabulary.items(), key=lambda item: item[1])
     pairs = [each.split(" ") if isinstance(each, str) else each for each in merges]
     canonical = json.dumps([ordered, pairs], ensure_ascii=True, separators=(",", ":"))
@@ -43,18 +44,18 @@ def fingerprint(vocabulary: dict[str, int], merges: Sequence[Any]) -> str:
 
 
 class TokenBytes:
-    """The tokens of one tokenizer.
+    """The bytes that the tokens of one tokenizer write.
 
     Args:
-        tokenizer: A transformers fast tokenizer, or whatever has its `backend_tokenizer`.
+        tokenizer: A transformers fast tokenizer, or any object with its `backend_tokenizer` and `eos_token_id`.
 
     Attributes:
-        fingerprint: Of vocabulary and merges, as servers tell theirs.
-        special: Ids that stand for no text: BOS, EOS, padding and their like.
-        eos_id: The tokenizer's own end of a text.
+        fingerprint: Of vocabulary and merges, as a server's model card has it.
+        special: Ids that stand for no text, such as BOS, EOS and padding.
+        eos_id: The tokenizer's EOS.
 
     Raises:
-        ValueError: The tokenizer spells in a way that is not known here.
+        ValueError: How the tokenizer writes its tokens is not known here.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -63,105 +64,126 @@ class TokenBytes:
             raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer: the bytes of its tokens are not known")
         definition = json.loads(backend.to_str())
         vocabulary = backend.get_vocab(with_added_tokens=True)
+        added = {each["id"]: each for each in definition["added_tokens"]}
         self.fingerprint = fingerprint(vocabulary, definition["model"].get("merges", []))
         self.eos_id: int | None = tokenizer.eos_token_id
-        added = {each["id"]: each for each in definition["added_tokens"]}
         self.special = frozenset(token for token, each in added.items() if each["special"])
-        self._written: dict[int, bytes] = {token: each["content"].encode() for token, each in added.items()}
+        self._added: dict[int, bytes] = {token: each["content"].encode() for token, each in added.items()}
         self._tokens = {token: text for text, token in vocabulary.items()}
-        self._alphabet = byte_alphabet()
-        self._unknown = definition["model"].get("unk_token")
-        parts = _parts(definition.get("decoder"))
-        kinds = [part["type"] for part in parts]
-        self._spell: Callable[[str, bool], bytes]
-        self._reads_bytes = False
-        self._strips_first = self._first_bare = False
-        self._cleans_up = False
+        steps = _decoder_steps(definition.get("decoder"))
+        kinds = [step["type"] for step in steps]
+        self._bytes_of: Callable[[str, bool], bytes]
         if kinds == ["ByteLevel"]:
-            self._spell = self._byte_level
+            self._bytes_of = _ByteLevel(byte_alphabet())
         elif kinds == ["WordPiece"]:
-            self._spell = self._word_piece
-            unknown = vocabulary.get(self._unknown)  # some word, and not nothing
-            self.special -= {unknown}
-            self._written.pop(unknown, None)
-            (decoder,) = (part for part in parts if part["type"] == "WordPiece")
-            self._prefix, self._cleans_up = decoder["prefix"], decoder["cleanup"]
-        elif kinds and all(_is_sentencepiece(part) for part in parts):
-            self._spell = self._blanks
-            self._strips_first = any(_strips_blank(part) for part in parts)
-            self._first_bare = any(_bares_first(part) for part in parts)
-            self._reads_bytes = "ByteFallback" in kinds
+            unknown = definition["model"].get("unk_token")
+            self._bytes_of = _WordPiece(steps[0]["prefix"], steps[0]["cleanup"], unknown)
+            self.special -= {vocabulary.get(unknown)}  # it stands for a word, though not for a known one
+            self._added.pop(vocabulary.get(unknown), None)
+        elif kinds and all(_is_sentencepiece(step) for step in steps):
+            self._bytes_of = _SentencePiece(
+                has_bytes="ByteFallback" in kinds,
+                strips_first=any(step["type"] == "Strip" and step["start"] > 0 for step in steps),
+                first_without_space=any(
+                    step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never" for step in steps
+                ),
+            )
         else:
             raise ValueError(f"{type(tokenizer).__name__} decodes by {kinds or 'nothing'}, which is not known here")
 
     def pieces(self, ids: Sequence[int], *, behind: bool = False) -> list[bytes]:
-        """What each token writes, nothing for special tokens; the first of a text is written otherwise by some.
+        """What each token writes; nothing for special tokens. Some tokenizers write the first token differently.
 
         Args:
             ids: The tokens.
-            behind: Whether they stand behind other text.
+            behind: Whether other text stands before them.
 
         Raises:
             ValueError: An id that the tokenizer does not have, or a token that stands for unknown text.
         """
         pieces: list[bytes] = []
-        begun = behind
+        first = not behind
         for token in ids:
-            piece = b"" if token in self.special else self._piece(token, first=not begun)
-            begun = begun or token not in self.special
-            pieces.append(piece)
+            if token in self.special:
+                pieces.append(b"")
+            else:
+                pieces.append(self._piece(token, first))
+                first = False
         return pieces
 
-    def _piece(self, token: int, *, first: bool) -> bytes:
-        if token in self._written:
-            return self._written[token]
+    def _piece(self, token: int, first: bool) -> bytes:
+        if token in self._added:
+            return self._added[token]
         if token not in self._tokens:
             raise ValueError(f"the tokenizer has no token {token}")
-        return self._spell(self._tokens[token], first)
+        return self._bytes_of(self._tokens[token], first)
 
-    def _byte_level(self, token: str, first: bool) -> bytes:  # noqa: ARG002
-        if not all(character in self._alphabet for character in token):
+
+@dataclass(frozen=True)
+class _ByteLevel:
+    """Byte-level BPE: each character is a byte."""
+
+    alphabet: dict[str, int]
+
+    def __call__(self, token: str, _: bool) -> bytes:
+        if not all(character in self.alphabet for character in token):
             raise ValueError(f"the token {token!r} is not spelt in bytes")
-        return bytes(self._alphabet[character] for character in token)
+        return bytes(self.alphabet[character] for character in token)
 
-    def _blanks(self, token: str, first: bool) -> bytes:
-        if self._reads_bytes and (match := _BYTE.fullmatch(token)) is not None:
+
+@dataclass(frozen=True)
+class _SentencePiece:
+    """`▁` is a space.
+
+    Attributes:
+        has_bytes: `<0x0A>` is a byte.
+        strips_first: The first token of a text loses one space at its beginning.
+        first_without_space: The first token of a text loses all its spaces.
+    """
+
+    has_bytes: bool
+    strips_first: bool
+    first_without_space: bool
+
+    def __call__(self, token: str, first: bool) -> bytes:
+        if self.has_bytes and (match := _BYTE.fullmatch(token)) is not None:
             return bytes([int(match[1], 16)])
-        text = token.replace("▁", "" if first and self._first_bare else " ")
-        return text.removeprefix(" ").encode() if first and self._strips_first else text.encode()
+        text = token.replace("▁", "" if first and self.first_without_space else " ")
+        return text.removeprefix(" ").encode() if first and self.strips_first else text.encode()
 
-    def _word_piece(self, token: str, first: bool) -> bytes:
-        if token == self._unknown:
+
+@dataclass(frozen=True)
+class _WordPiece:
+    """A token with the prefix continues a word; any other begins one, after a space."""
+
+    prefix: str
+    cleans_up: bool
+    unknown: str | None
+
+    def __call__(self, token: str, first: bool) -> bytes:
+        if token == self.unknown:
             raise ValueError(f"the token {token!r} stands for a word that the tokenizer does not know")
-        inside = not first and token.startswith(self._prefix)
-        text: str = token.removeprefix(self._prefix) if inside else token if first else " " + token
-        for written, cleaned in _CLEANED if self._cleans_up else ():
+        if first:
+            text = token
+        elif token.startswith(self.prefix):
+            text = token.removeprefix(self.prefix)
+        else:
+            text = " " + token
+        for written, cleaned in _CLEAN_UP if self.cleans_up else ():
             text = text.replace(written, cleaned)
         return text.encode()
 
 
-def _parts(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A decoder's steps, one or several."""
+def _decoder_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     if decoder is None:
         return []
     return list(decoder["decoders"]) if decoder["type"] == "Sequence" else [decoder]
 
 
-def _is_sentencepiece(part: dict[str, Any]) -> bool:
-    """Whether a step is one that SentencePiece's tokens are decoded by, as it is known here."""
-    strips = part["type"] == "Strip" and part["content"] == " " and (part["start"], part["stop"]) in ((1, 0), (0, 0))
-    return strips or _replaces_blanks(part) or part["type"] in ("Metaspace", "ByteFallback", "Fuse")
-
-
-def _replaces_blanks(part: dict[str, Any]) -> bool:
-    return bool(part["type"] == "Replace" and part["pattern"] == {"String": "▁"} and part["content"] == " ")
-
-
-def _strips_blank(part: dict[str, Any]) -> bool:
-    """Whether a text loses the blank that it begins with."""
-    return bool(part["type"] == "Strip" and part["start"] > 0)
-
-
-def _bares_first(part: dict[str, Any]) -> bool:
-    """Whether the first token of a text loses all its blanks."""
-    return bool(part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never")
+def _is_sentencepiece(step: dict[str, Any]) -> bool:
+    """Whether `_SentencePiece` covers this step of a decoder."""
+    if step["type"] == "Strip":
+        return step["content"] == " " and (step["start"], step["stop"]) in ((1, 0), (0, 0))
+    if step["type"] == "Replace":
+        return bool(step["pattern"] == {"String": "▁"} and step["content"] == " ")
+    return step["type"] in ("Metaspace", "ByteFallback", "Fuse")

@@ -1,10 +1,10 @@
-"""OpenRLHF 0.11.2 with token rewards. In an environment of OpenRLHF's, with a server running:
+"""OpenRLHF 0.11.2 with token rewards. In an environment with OpenRLHF, while a server runs:
 
     python client/examples/openrlhf_train.py --algo.advantage.estimator gae --data.label_key dialogue \
         --data.input_key prompt ... (all of OpenRLHF's own arguments)
 
-This file is both the program, which extends the trainer, and the agent that OpenRLHF loads where rollouts are made.
-`dialogue` is a column with the messages that `prompt` was written from. DENSEREWARD_URL says where the server listens.
+This file is both the program, which extends the trainer, and the agent that OpenRLHF loads to make rollouts. The column
+`dialogue` holds the messages that `prompt` was rendered from. DENSEREWARD_URL is the server's address.
 """
 
 import os
@@ -22,7 +22,7 @@ class AgentExecutor(TokenRewardsExecutor):
         super().__init__(Rewarder(os.environ.get("DENSEREWARD_URL", "http://127.0.0.1:8000"), "red"))
 
     def prompt_of(self, prompt: str, label: Any, prompt_ids: list[int]) -> dict[str, Any]:  # noqa: ARG002
-        return {"messages": label}  # the reward model's own template writes them
+        return {"messages": label}  # rendered with the reward model's own template
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""PPO with token rewards in a loop of one's own: `python client/examples/own_ppo.py --url http://127.0.0.1:8000`.
+"""PPO with token rewards in a training loop of your own: `python client/examples/own_ppo.py --url http://127.0.0.1:8000`.
 
-The policy writes, the server says what each of its tokens earned, GAE and two clipped updates learn from it. By default
-the policy is a small random model with characters for tokens, which learns little; `--policy NAME` takes a real one.
-Everything is [B, T], T the longest response of the batch, right-padded; a reward stands where its token stands.
+The policy writes responses, the server rewards each of their tokens, and GAE and two clipped updates learn from that.
+By default the policy is a small random model with bytes as tokens, which learns little; `--policy NAME` takes a real
+one. Tensors are [B, T], right-padded, with T the length of the longest response; column t belongs to token t.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROMPTS = ["How was the evening?", "Tell me about the food.", "Did you like the 
 
 
 def small_policy() -> tuple[Any, Any]:
-    """A random model, and a tokenizer of bytes, which is certainly not the reward model's."""
+    """A random model, and a tokenizer whose tokens are bytes: certainly not the reward model's."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(["<s>", "</s>", *letters])}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -39,18 +39,20 @@ def small_policy() -> tuple[Any, Any]:
 
 
 def write(policy: Any, tokenizer: Any, prompts: list[str], tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Ids of prompts and responses in one row each, what attention sees, the responses' mask, the prompts' end."""
-    asked = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    asked.pop("token_type_ids", None)
-    ids = policy.generate(**asked, do_sample=True, top_k=0, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id)
-    start = asked["input_ids"].shape[1]
-    ended = (ids[:, start:] == tokenizer.eos_token_id).cumsum(dim=1)
-    mask = (ended - (ids[:, start:] == tokenizer.eos_token_id).int()) == 0  # all up to the first EOS, with it
-    return ids, torch.cat([asked["attention_mask"], mask.long()], dim=1), mask, start
+    """Ids of prompts and responses, the attention mask, the mask of responses, and the column where responses begin."""
+    encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    encoded.pop("token_type_ids", None)
+    ids = policy.generate(
+        **encoded, do_sample=True, top_k=0, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id
+    )
+    start = encoded["input_ids"].shape[1]
+    ends = (ids[:, start:] == tokenizer.eos_token_id).cumsum(dim=1)
+    mask = (ends - (ids[:, start:] == tokenizer.eos_token_id).int()) == 0  # up to and with the first EOS
+    return ids, torch.cat([encoded["attention_mask"], mask.long()], dim=1), mask, start
 
 
 def token_rewards(server: BoundClient, prompts: list[str], ids: Tensor, mask: Tensor, method: str) -> Tensor:
-    """What the server says of every token; whatever fails raises."""
+    """The server's reward of every token; a failure raises."""
     rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     samples = [
         {"messages": [{"role": "user", "content": prompt}], "response_token_ids": row}
@@ -61,10 +63,10 @@ def token_rewards(server: BoundClient, prompts: list[str], ids: Tensor, mask: Te
     return rewards
 
 
-def run(policy: Any, head: Any, ids: Tensor, seen: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """The log-probability of each response token, and the value before it: both are read one position earlier."""
-    positions = (seen.cumsum(dim=1) - 1).clamp(min=0)
-    output = policy(input_ids=ids, attention_mask=seen, position_ids=positions, output_hidden_states=True)
+def run(policy: Any, head: Any, ids: Tensor, attention: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """The log-probability of each response token, and the value before it; both are read one position earlier."""
+    positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
+    output = policy(input_ids=ids, attention_mask=attention, position_ids=positions, output_hidden_states=True)
     before = slice(start - 1, -1)
     logits, hidden = output.logits[:, before].float(), output.hidden_states[-1][:, before].float()
     logs = -cross_entropy(logits.transpose(1, 2), ids[:, start:], reduction="none")
@@ -72,17 +74,17 @@ def run(policy: Any, head: Any, ids: Tensor, seen: Tensor, start: int) -> tuple[
 
 
 def advantages(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Generalised advantage estimates with gamma 1; after the last token there is nothing."""
+    """Generalised advantage estimates with gamma 1; the value after the last token is 0."""
     values, estimates, running = values * mask, torch.zeros_like(rewards), torch.zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
-        following = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros(len(rewards))
-        running = (rewards[:, t] + following - values[:, t] + LAMBDA * running) * mask[:, t]
+        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros(len(rewards))
+        running = (rewards[:, t] + next_value - values[:, t] + LAMBDA * running) * mask[:, t]
         estimates[:, t] = running
     return estimates
 
 
 def mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Over the tokens there are."""
+    """The mean over the tokens of responses."""
     return (values * mask).sum() / mask.sum()
 
 
@@ -96,24 +98,25 @@ def train(policy: Any, tokenizer: Any, server: BoundClient, method: str, steps: 
     history = []
     for step in range(steps):
         with torch.no_grad():
-            ids, seen, mask, start = write(policy, tokenizer, PROMPTS, tokens)
-            earned = token_rewards(server, PROMPTS, ids[:, start:], mask, method)
-            old, values = run(policy, head, ids, seen, start)
-            away = old - run(reference, head, ids, seen, start)[0]
-            estimates = advantages((earned - KL * away) * mask, values, mask)
+            ids, attention, mask, start = write(policy, tokenizer, PROMPTS, tokens)
+            rewards = token_rewards(server, PROMPTS, ids[:, start:], mask, method)
+            old, values = run(policy, head, ids, attention, start)
+            log_ratio = old - run(reference, head, ids, attention, start)[0]
+            estimates = advantages((rewards - KL * log_ratio) * mask, values, mask)
             targets = estimates + values
-            middle, spread = mean(estimates, mask), mean((estimates - mean(estimates, mask)) ** 2, mask).sqrt()
-            gain = (estimates - middle) / (spread + 1e-8)
+            average, deviation = mean(estimates, mask), mean((estimates - mean(estimates, mask)) ** 2, mask).sqrt()
+            gain = (estimates - average) / (deviation + 1e-8)
         for _ in range(UPDATES):
-            logs, values = run(policy, head, ids, seen, start)
+            logs, values = run(policy, head, ids, attention, start)
             ratio = (logs - old).exp()
             clipped = torch.min(ratio * gain, ratio.clamp(1 - CLIP, 1 + CLIP) * gain)
             loss = -mean(clipped, mask) + 0.5 * mean((values - targets) ** 2, mask)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        history.append(float((earned * mask).sum(dim=1).mean()))
-        print(f"step {step}: token rewards sum to {history[-1]:+.3f}, KL {float((away * mask).sum(dim=1).mean()):.3f}")
+        history.append(float((rewards * mask).sum(dim=1).mean()))
+        kl = float((log_ratio * mask).sum(dim=1).mean())
+        print(f"step {step}: token rewards sum to {history[-1]:+.3f}, KL {kl:.3f}")
     return history
 
 
@@ -124,9 +127,11 @@ if __name__ == "__main__":
     parser.add_argument("--method", default="red")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=24)
-    given = parser.parse_args()
-    own = given.policy is None
-    model = None if own else AutoModelForCausalLM.from_pretrained(given.policy)
-    policy, tokenizer = small_policy() if own else (model, AutoTokenizer.from_pretrained(given.policy))
-    with Client(given.url) as client:
-        train(policy, tokenizer, client.bind(tokenizer), given.method, given.steps, given.tokens)
+    options = parser.parse_args()
+    if options.policy is None:
+        policy, tokenizer = small_policy()
+    else:
+        policy = AutoModelForCausalLM.from_pretrained(options.policy)
+        tokenizer = AutoTokenizer.from_pretrained(options.policy)
+    with Client(options.url) as client:
+        train(policy, tokenizer, client.bind(tokenizer), options.method, options.steps, options.tokens)

@@ -22,4 +22,4 @@ for item in answer.data:
         print(f"  {reward:+.3f}  {token}")
 
 rewards, mask = to_padded(answer, method, padding_side="left")
-print(f"\nas a trainer takes them: rewards {rewards.shape}, mask {mask.shape}")
+print(f"\npadded for a trainer: rewards {rewards.shape}, mask {mask.shape}")

@@ -1,7 +1,7 @@
 """Token rewards in SkyRL's shape: `python client/examples/skyrl_generator.py TOKENIZER [http://127.0.0.1:8000]`.
 
-What SkyRL's generator would return is written out here, so that this runs without SkyRL. In a run of SkyRL's, subclass
-its generator as densereward_client.trainers.skyrl shows, and return it from `BasePPOExp.get_generator`.
+This runs without SkyRL: the output of its generator is written out here. With SkyRL, subclass its generator as
+densereward_client.trainers.skyrl shows, and return it from `BasePPOExp.get_generator`.
 """
 
 import asyncio

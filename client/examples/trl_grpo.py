@@ -1,51 +1,21 @@
 """GRPO with token rewards: `python client/examples/trl_grpo.py [--url http://127.0.0.1:8000] [--policy NAME]`.
 
-Needs TRL 1.16 and a running server. Without `--policy`, a tiny random policy is made on the spot: it learns nothing
-worth having, and shows in a minute on a CPU that everything fits.
+Needs TRL 1.16 and a running server. Without `--policy`, a tiny random policy is used: it learns nothing worth
+having, and shows in a minute on a CPU that everything works together.
 """
 
 import argparse
-from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from tiny_policy import tiny_policy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
 from densereward_client import Client
 from densereward_client.trainers.trl_grpo import DenseGRPOTrainer, TokenReward
 
 QUESTIONS = ["How was the soup?", "How was the walk?", "What is the garden like?", "Was the train on time?"]
-
-
-def tiny_policy() -> tuple[Any, Any]:
-    """A model from a config, and a byte-level BPE tokenizer trained on the questions."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(QUESTIONS, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config), tokenizer
 
 
 def main() -> None:
@@ -58,12 +28,14 @@ def main() -> None:
     parser.add_argument("--output", default="trl_grpo")
     options = parser.parse_args()
 
-    model, tokenizer = tiny_policy()
     if options.policy:
         model = AutoModelForCausalLM.from_pretrained(options.policy)
         tokenizer = AutoTokenizer.from_pretrained(options.policy)
-    ends = model.generation_config.eos_token_id
-    eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    else:
+        model, tokenizer = tiny_policy(QUESTIONS)
+    # The client must know every token that can end a completion.
+    generated = model.generation_config.eos_token_id
+    eos = {tokenizer.eos_token_id, *(generated if isinstance(generated, list) else [generated])} - {None}
 
     with Client(options.url) as client:
         policy = client.bind(tokenizer, eos_token_ids=sorted(eos))

@@ -1,54 +1,22 @@
 """PPO with token rewards: `python client/examples/trl_ppo.py [--url http://127.0.0.1:8000] [--policy NAME]`.
 
-Needs TRL 1.12.0, the last version with a PPO trainer, and a running server. Without `--policy`, a tiny random policy is
-made on the spot: it learns nothing worth having, and shows in a minute on a CPU that everything fits.
+Needs TRL 1.12.0, the last version with a PPO trainer, and a running server. Without `--policy`, a tiny random policy
+is used: it learns nothing worth having, and shows in a minute on a CPU that everything works together.
 """
 
 import argparse
 import copy
-from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from tiny_policy import tiny_policy
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig
 
 from densereward_client import Client
 from densereward_client.trainers.trl_ppo import DensePPOTrainer
 
 QUESTIONS = ["How was the soup?", "How was the walk?", "What is the garden like?", "Was the train on time?"]
-
-
-def tiny_policy() -> tuple[Any, Any]:
-    """A model from a config, and a byte-level BPE tokenizer trained on the questions."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(QUESTIONS, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config), tokenizer
 
 
 def main() -> None:
@@ -65,7 +33,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(options.policy)
         value_model = AutoModelForSequenceClassification.from_pretrained(options.policy, num_labels=1)
     else:
-        model, tokenizer = tiny_policy()
+        model, tokenizer = tiny_policy(QUESTIONS)
         config = copy.deepcopy(model.config)
         config.num_labels = 1
         value_model = AutoModelForSequenceClassification.from_config(config)
@@ -73,7 +41,7 @@ def main() -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
-    # `prompt` is what the reward model reads, by its own template; `input_ids` is what the policy reads.
+    # The reward model reads `prompt`, rendered with its own template; the policy reads `input_ids`.
     prompts = [[{"role": "user", "content": each}] for each in QUESTIONS]
     texts = [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in prompts]
     ids = [tokenizer(each, add_special_tokens=False).input_ids for each in texts]

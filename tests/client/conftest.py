@@ -1,4 +1,4 @@
-"""A small HTTP server that follows a script, and both clients behind one set of blocking methods."""
+"""A small HTTP server that follows a script, and both clients with the same blocking methods."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Received:
 
 
 class ScriptedServer:
-    """Answers one request after another as it was told to (`will_...`), then every further one rightly."""
+    """Answers the first requests as scripted by the `will_...` methods, in order, and every later one correctly."""
 
     def __init__(self, port: int = 0) -> None:
         self.received: list[Received] = []
@@ -70,10 +70,10 @@ class ScriptedServer:
         self.will_reply(body, status=status, headers={name.replace("_", "-"): headers[name] for name in headers})
 
     def will_answer_but(self, spoil: Callable[[Json], object]) -> None:
-        """Answers rightly, after `spoil` has changed the answer in place."""
+        """Answers correctly, but for what `spoil` changes in the answer."""
 
         def step(handler: _Handler, request: Json) -> None:
-            answer = right_answer(handler.path, request)
+            answer = correct_answer(handler.path, request)
             spoil(answer)
             handler.reply(answer, 200, {})
 
@@ -100,7 +100,7 @@ class ScriptedServer:
         if self._script:
             self._script.pop(0)(handler, received.json)
         else:
-            handler.reply(right_answer(received.path, received.json), 200, {})
+            handler.reply(correct_answer(received.path, received.json), 200, {})
 
     def close(self) -> None:
         self._closing.set()
@@ -165,8 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def right_answer(path: str, request: Json | None) -> Json:
-    """What a server without faults says: 0.25 a token and 0.5 of baseline, for words as tokens."""
+def correct_answer(path: str, request: Json | None) -> Json:
+    """A correct answer: 0.25 for each token, and a baseline of 0.5; words are tokens."""
     if path == "/v1/models":
         return {"object": "list", "data": [MODEL_CARD]}
     if request is None:
@@ -186,8 +186,8 @@ def _item(index: int, kind: str, request: Json) -> Json:
     item = {"index": index, "id": sample.get("id"), "reward": float(rewards.sum()) + 0.5}
     if kind == "rewards":
         return item
-    asked = request.get("methods", ["red"])
-    keys = [method if isinstance(method, str) else method.get("label") or method["name"] for method in asked]
+    methods = request.get("methods", ["red"])
+    keys = [method if isinstance(method, str) else method.get("label") or method["name"] for method in methods]
     encoded = encode_base64(rewards) if request["encoding_format"] == "base64" else rewards.tolist()
     return {**item, "token_rewards": dict.fromkeys(keys, encoded), "baseline": dict.fromkeys(keys, 0.5)}
 
@@ -210,7 +210,7 @@ MODEL_CARD = {
 
 
 class BlockingAsyncClient:
-    """An AsyncClient behind the blocking methods of Client, so that every test serves both."""
+    """An AsyncClient with the blocking methods of Client, so that every test covers both."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._client = AsyncClient(*args, **options)
@@ -237,13 +237,13 @@ MakeClient = Callable[..., Client]
 
 @pytest.fixture(autouse=True)
 def time_limit() -> Iterator[None]:
-    """A test that would wait for ever, as it may where a retry or a deadline is broken, fails instead."""
+    """Fails a test that would never end, as it can if a retry or a deadline is broken."""
 
     def stop(*_: object) -> None:
-        pytest.fail(f"not done after {TEST_SECONDS} s")  # no Exception, so that nothing under test takes it for its own
+        pytest.fail(f"not done after {TEST_SECONDS} s")  # not an Exception, so that no code under test catches it
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, TEST_SECONDS, TEST_SECONDS)  # again, should the clean-up wait too
+    signal.setitimer(signal.ITIMER_REAL, TEST_SECONDS, TEST_SECONDS)  # repeated, in case the clean-up hangs too
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
@@ -262,7 +262,7 @@ def make_client(request: pytest.FixtureRequest, server: ScriptedServer) -> Itera
     made: list[Client] = []
 
     def make(base_url: str = server.url, **options: Any) -> Client:
-        # No proxy that the environment names; and no certificates, which take longer to load than a test to run.
+        # No proxy from the environment, and no certificates, which take longer to load than a test takes to run.
         client = request.param(base_url, **{"trust_env": False, "verify": False, "timeout": 10.0, **options})
         made.append(cast("Client", client))
         return made[-1]

@@ -1,4 +1,4 @@
-"""Token rewards in a group's advantages: only differences within a sequence, and only where it is learned from."""
+"""Token rewards in a group's advantages: only differences within a sequence count, and only of unmasked tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which error a refusal becomes, what it carries, and that it reaches a trainer whole."""
+"""Which error each status becomes, what it carries, and that it can be pickled."""
 
 from __future__ import annotations
 

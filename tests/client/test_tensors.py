@@ -1,4 +1,4 @@
-"""Padding: every row comes back whole, on the side asked for, and what cannot be padded is named."""
+"""Padding: every row comes back complete, on the requested side, and what cannot be padded is named."""
 
 from __future__ import annotations
 

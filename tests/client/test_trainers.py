@@ -1,4 +1,4 @@
-"""What the adapters do without their trainers: rows that sum to the sequence's reward, samples that say what ended."""
+"""The parts of the adapters that need no trainer: rewards that sum to the sequence's, and the samples of SkyRL."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_rewards_sum_to_the_sequences_where_the_policy_wrote(rows: list[tuple[fl
     made = rewarded(item, "red", mask)
     assert made.token_rewards.sum(dtype=np.float64) == pytest.approx(made.reward, abs=1e-4)
     assert not made.token_rewards[np.equal(mask, 0)].any()
-    last = max(place for place, kept in enumerate(mask) if kept)
+    last = max(i for i, kept in enumerate(mask) if kept)
     assert (
         np.delete(made.token_rewards, last).tolist() == np.delete(np.asarray(rewards, dtype=np.float32), last).tolist()
     )

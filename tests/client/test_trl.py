@@ -1,4 +1,4 @@
-"""What the adapters for TRL do without TRL: rollouts as samples, token rewards as advantages."""
+"""The parts of the TRL adapters that need no TRL: rollouts as samples, token rewards as advantages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from densereward_client import BoundClient, ConnectionFailed, InvalidAnswer
-from densereward_client.trainers._trl import AsyncTokenReward, TokenReward, dense_advantages, rollouts
+from densereward_client.trainers._rewards import centred
+from densereward_client.trainers._trl import AsyncTokenReward, TokenReward, dense_advantages, padded, rollouts
 
 PAD, EOS = 0, 2
 
 
 class Bound:
-    """Answers as a bound server does: as many rewards as ids, which sum to the reward."""
+    """Answers as a bound client does: one reward per id, which sum to the reward."""
 
     def __init__(self) -> None:
         self.sent: list[Mapping[str, Any]] = []
@@ -57,7 +58,7 @@ def test_a_reward_function_scores_ids_and_keeps_their_tokens_rewards() -> None:
     ]
 
 
-def test_tokens_of_tools_are_told_to_the_server() -> None:
+def test_the_mask_of_tools_is_sent_to_the_server() -> None:
     fake, client = bound()
     TokenReward(client)(prompts=["a"], completion_ids=[[5, 6]], response_mask=[[1, 0]])
     assert fake.sent[0]["response_mask"] == [1, 0]
@@ -129,3 +130,15 @@ def test_rollouts_lose_their_padding_and_nothing_else() -> None:
 def test_a_pad_that_is_the_eos_ends_a_response_and_belongs_to_it() -> None:
     rows = [[EOS, 5, 7, EOS, EOS], [EOS, 5, EOS, EOS, EOS], [EOS, 5, 7, 8, 9]]
     assert rollouts(rows, 2, EOS, frozenset({EOS})) == [((5,), [7, EOS]), ((5,), [EOS]), ((5,), [7, 8, 9])]
+
+
+def test_rows_are_padded_on_the_right_in_the_tensors_own_type() -> None:
+    rows = [np.array([1, 2], np.float32), np.array([3], np.float32)]
+    tensor = padded(rows, like=torch.ones(2, 3, dtype=torch.float64))
+    assert tensor.dtype == torch.float64
+    assert tensor.tolist() == [[1, 2, 0], [3, 0, 0]]
+
+
+def test_what_is_masked_does_not_reach_the_mean() -> None:
+    rewards, mask = torch.tensor([[1.0, 3.0, torch.nan], [torch.inf, 5.0, 5.0]]), torch.tensor([[1, 1, 0], [0, 0, 0]])
+    assert centred(rewards, mask).tolist() == [[-1, 1, 0], [0, 0, 0]]

@@ -1,4 +1,4 @@
-"""The loop of one's own: it runs, its rewards are the server's, its estimates are the definition's, it is short."""
+"""The example of a training loop: it trains, its rewards and its advantages are right, and it is short."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_its_estimates_are_sums_of_discounted_errors() -> None:
     estimates = example.advantages(rewards, values, mask)
     for row, length in enumerate((4, 2, 1)):
         for t in range(length):
-            following = [*values[row, 1:length].tolist(), 0.0]
-            errors = [rewards[row, k] + following[k] - values[row, k] for k in range(length)]
+            next_values = [*values[row, 1:length].tolist(), 0.0]
+            errors = [rewards[row, k] + next_values[k] - values[row, k] for k in range(length)]
             expected = sum(example.LAMBDA ** (k - t) * errors[k] for k in range(t, length))
             assert float(estimates[row, t]) == pytest.approx(float(expected), abs=1e-5)
         assert not estimates[row, length:].any()

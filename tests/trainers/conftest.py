@@ -1,4 +1,4 @@
-"""A server with a small reward model, and trainers that run in environments of their own."""
+"""A server with a small reward model, and programs that run in the trainers' environments."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def run(trainer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def train(server: Server, tmp_path: Path) -> Train:
-    """Runs `run_TRAINER.py` in the trainer's environment with a job, and returns what it saw.
+    """Runs `run_TRAINER.py` in the trainer's environment with a job, and returns what it wrote down.
 
-    Of several processes, each one's is in `processes`.
+    With several processes, `processes` has what each wrote down.
     """
 
     def train(trainer: str, /, processes: int = 1, **job: Any) -> Json:
         output = tmp_path / "seen.json"
-        told = {"url": server.url, "output": str(output), "folder": str(tmp_path / "run")} | job
-        (tmp_path / "job.json").write_text(json.dumps(told))
+        request = {"url": server.url, "output": str(output), "folder": str(tmp_path / "run")} | job
+        (tmp_path / "job.json").write_text(json.dumps(request))
         several = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes)) if processes > 1 else ()
         ended = run(trainer, *several, str(Path(__file__).parent / f"run_{trainer}.py"), str(tmp_path / "job.json"))
         assert ended.returncode == 0, ended.stderr[-4000:]

@@ -1,6 +1,6 @@
-"""OpenRLHF's side: its own executors, sample generator and experience maker, with an engine that says what it is told.
+"""OpenRLHF's side: its own executors, sample generator and experience maker, with an engine whose output is given.
 
-vLLM and flash-attn are left out, since no line of them runs here.
+vLLM and flash-attn are left out, since none of their code runs here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import ray
 import torch
 
-import policies  # before packages are left out, so that these look for them themselves
+import policies  # before packages are left out: it looks for them itself
 from absent import leave_out
 
 leave_out("vllm", "flash_attn")
@@ -41,28 +41,28 @@ MAX_LENGTH = 256
 
 
 class Engine:
-    """Says what it is told, one turn a call."""
+    """Returns the given turns, one per call."""
 
     def __init__(self, turns: list[list[int]], finish_reason: str, tokenizer: Any) -> None:
         self._turns, self._finish_reason, self._tokenizer = iter(turns), finish_reason, tokenizer
 
     async def generate(self, prompt_ids: list[int], params: Any, multi_modal_data: Any = None) -> Any:
         ids = next(self._turns)
-        said = SimpleNamespace(
+        output = SimpleNamespace(
             token_ids=ids, text=self._tokenizer.decode(ids), finish_reason=self._finish_reason, logprobs=None
         )
-        return SimpleNamespace(outputs=[said])
+        return SimpleNamespace(outputs=[output])
 
 
 class Executor(TokenRewardsExecutor):
-    """The label is the dialogue, where there is one."""
+    """The label holds the messages, if there is one."""
 
     def prompt_of(self, prompt: str, label: Any, prompt_ids: list[int]) -> dict[str, Any]:
         return {"messages": label} if label else super().prompt_of(prompt, label, prompt_ids)
 
 
 def instance_of(feedback: list[str]) -> type:
-    """An environment that answers with these texts, and gives a quarter at its end."""
+    """An environment that answers with these texts, and gives a reward of 0.25 at its end."""
 
     class Instance(AgentInstanceBase):
         def __init__(self) -> None:
@@ -99,7 +99,7 @@ def maker_of(kind: type, estimator: str, group: int) -> Any:
 
 
 def learned_from(kind: type, estimator: str, outputs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rollouts through OpenRLHF's own steps, but for the forward passes: no KL, and a critic that says 0."""
+    """Rollouts through OpenRLHF's own steps, without forward passes: no KL, and all values are 0."""
     samples = [SamplesGenerator._process_response_into_experience(None, each, max_len=MAX_LENGTH) for each in outputs]
     maker = maker_of(kind, estimator, group=len(outputs))
     experiences = maker.split_rollout_samples(samples)
@@ -175,7 +175,7 @@ def outage(request: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def installed(request: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """What the trainer's actor makes its experiences with, its class pickled and read again, as Ray does it."""
+    """The class of the trainer's experience maker; the actor's class is pickled and read again, as Ray does."""
     ppo_trainer.get_tokenizer = lambda *_, **__: tokenizer
     ppo_trainer.prepare_datasets = lambda *_: (None, None, 0)
     install(0.5)

@@ -1,4 +1,4 @@
-"""Trains with TRL as a job says and writes down what the loss was given; run in TRL's own environment."""
+"""Trains with TRL as a job asks and writes down the inputs of the loss; runs in TRL's environment."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def rows(tensor: torch.Tensor | None) -> Any:
     return None if tensor is None else tensor.tolist()
 
 
-class Noted:
-    """A trainer that notes what its rewards were and what its loss was given."""
+class Recorded:
+    """A trainer that records its rewards and the inputs of its loss."""
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # type: ignore[misc]
@@ -39,15 +39,15 @@ class Noted:
         return super()._compute_loss(model, inputs)  # type: ignore[misc]
 
 
-class Dense(Noted, DenseGRPOTrainer):
+class Dense(Recorded, DenseGRPOTrainer):
     pass
 
 
-class Scalar(Noted, GRPOTrainer):
+class Scalar(Recorded, GRPOTrainer):
     pass
 
 
-class LeaveOneOut(Noted, RLOOTrainer):
+class LeaveOneOut(Recorded, RLOOTrainer):
     pass
 
 
@@ -57,9 +57,9 @@ class EndsTheServer(TrainerCallback):
 
 
 def scripted(prompts: list[Any], _: Any) -> dict[str, Any]:
-    """Completions of the job's own, in turn; what has no mask of tools is all the policy's."""
+    """The job's completions in turn; without `masks`, the policy wrote all of their tokens."""
     texts = [tokenizer.apply_chat_template(prompt, tokenize=False) for prompt in prompts]
-    turns = [place % len(job["completions"]) for place in range(len(prompts))]
+    turns = [index % len(job["completions"]) for index in range(len(prompts))]
     return {
         "prompt_ids": [tokenizer(text, add_special_tokens=False).input_ids for text in texts],
         "completion_ids": [job["completions"][turn] for turn in turns],

@@ -1,4 +1,4 @@
-"""Trains with TRL's PPO as a job says and writes down the rewards it computed; run in its own environment."""
+"""Trains with TRL's PPO as a job asks and writes down the rewards it computed; runs in its environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from densereward_client.trainers.trl_ppo import DensePPOTrainer
 
 job = policies.read_job()
 seen: dict[str, Any] = {"updates": [], "errors": []}
-NOTED = (
+RECORDED = (
     "queries",
     "responses",
     "postprocessed_responses",
@@ -32,24 +32,24 @@ NOTED = (
 )
 
 
-def note(function: Any) -> Any:
-    """TRL whitens advantages when rewards are done: a look at what its function then holds."""
+def record(function: Any) -> Any:
+    """Records the local variables of TRL's function when it whitens advantages, after it computed rewards."""
 
     def whiten(values: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        held = sys._getframe(1).f_locals
-        seen["updates"].append({name: held[name].tolist() for name in NOTED})
+        caller = sys._getframe(1).f_locals
+        seen["updates"].append({name: caller[name].tolist() for name in RECORDED})
         return function(values, *arguments, **options)
 
     return whiten
 
 
 def script(function: Any) -> Any:
-    """Responses of the job's own in place of what was generated, all at the same logits."""
+    """Returns the job's responses, if it has some, in place of generated ones; all logits are equal."""
 
     def generate(model: Any, queries: torch.Tensor, *arguments: Any) -> Any:
         if "responses" not in job:
             return function(model, queries, *arguments)
-        turns = [job["responses"][place % len(job["responses"])] for place in range(len(queries))]
+        turns = [job["responses"][index % len(job["responses"])] for index in range(len(queries))]
         responses = torch.tensor(turns)
         return torch.cat([queries, responses], 1), torch.zeros(*responses.shape, len(tokenizer))
 
@@ -63,14 +63,14 @@ class EndsTheServer(TrainerCallback):
 
 tokenizer = policies.make_tokenizer(job["pad"])
 names = DensePPOTrainer.train.__globals__
-names["masked_whiten"] = note(names["masked_whiten"])
+names["masked_whiten"] = record(names["masked_whiten"])
 names["batch_generation"] = script(names["batch_generation"])
-written = [
+texts = [
     prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, tokenize=False)
     for prompt in job["prompts"]
 ]
 columns = {
-    "input_ids": [tokenizer(text, add_special_tokens=False).input_ids for text in written],
+    "input_ids": [tokenizer(text, add_special_tokens=False).input_ids for text in texts],
     **({"prompt": job["prompts"]} if job["column"] else {}),
 }
 dataset = Dataset.from_dict(columns)

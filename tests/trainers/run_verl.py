@@ -1,4 +1,4 @@
-"""verl's side: its own agent loops, reward loop and advantages, with an engine that says what it is told."""
+"""verl's side: its own agent loops, reward loop and advantages, with an engine whose output is given."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ TRAINED_ON = ("prompts", "responses", "response_mask", "rm_scores")
 
 
 class Engine:
-    """Says what it is told."""
+    """Returns the given ids."""
 
     def __init__(self) -> None:
-        self.says: list[int] = []
+        self.ids: list[int] = []
 
-    async def generate(self, **asked: Any) -> TokenOutput:
-        return TokenOutput(token_ids=self.says)
+    async def generate(self, **_: Any) -> TokenOutput:
+        return TokenOutput(token_ids=self.ids)
 
 
 def config_of(request: dict[str, Any], *, use_v1: bool = True) -> Any:
@@ -65,15 +65,15 @@ def config_of(request: dict[str, Any], *, use_v1: bool = True) -> Any:
 
 
 def loop_of(request: dict[str, Any], tokenizer: Any, engine: Engine, *, use_v1: bool = True) -> Any:
-    """As verl makes one for every rollout, from its file of agent loops."""
+    """An agent loop, made as verl makes one for every rollout, from its file of agent loops."""
     config = config_of(request, use_v1=use_v1)
-    written = {
+    definition = {
         "_target_": "densereward_client.trainers.verl.SingleTurnTokenRewards",
         "base_url": request["url"],
         "method": request.get("method", "red"),
     }
     return hydra.utils.instantiate(
-        config=OmegaConf.create(written),
+        config=OmegaConf.create(definition),
         trainer_config=DictConfigWrap(config=config),
         server_manager=engine,
         tokenizer=tokenizer,
@@ -90,7 +90,7 @@ async def played(request: dict[str, Any], tokenizer: Any) -> list[AgentLoopOutpu
     for ids in request["responses"]:
         engine = Engine()
         loop = loop_of(request, tokenizer, engine)
-        engine.says = ids
+        engine.ids = ids
         outputs.append(await loop.run({}, raw_prompt=request["messages"]))
     return outputs
 
@@ -116,8 +116,8 @@ def rollouts(request: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     }
 
 
-class Told(SingleTurnAgentLoop):
-    """An agent loop whose rollout has a tool's tokens."""
+class Scripted(SingleTurnAgentLoop):
+    """An agent loop whose rollout is given and has a tool's tokens."""
 
     async def run(self, sampling_params: dict[str, Any], **sample: Any) -> AgentLoopOutput:
         return AgentLoopOutput(
@@ -125,13 +125,13 @@ class Told(SingleTurnAgentLoop):
         )
 
 
-class ToldTokenRewards(adapter._TokenRewards, Told):
+class ScriptedTokenRewards(adapter._TokenRewards, Scripted):
     """The same, with token rewards."""
 
 
 def tools(request: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     config = config_of(request)
-    loop = ToldTokenRewards(
+    loop = ScriptedTokenRewards(
         DictConfigWrap(config),
         None,
         tokenizer,
@@ -140,13 +140,13 @@ def tools(request: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         DictConfigWrap(config.data),
         base_url=request["url"],
     )
-    asked = {"raw_prompt": request["messages"], "ids": request["responses"][0], "mask": request["mask"]}
-    output = asyncio.run(loop.run({}, **asked))
+    sample = {"raw_prompt": request["messages"], "ids": request["responses"][0], "mask": request["mask"]}
+    output = asyncio.run(loop.run({}, **sample))
     return {"rm_scores": output.as_dict()["rm_scores"].tolist(), "reward_score": output.reward_score}
 
 
 def data_of(request: dict[str, Any], tokenizer: Any) -> DataProto:
-    """One response as verl's streaming reward loop gets it, with padding on both sides as the old one does."""
+    """One response as verl's streaming reward loop gets it, padded on both sides as the old loop does."""
     prompt, ids = [0, 0, 7, 8], request["responses"][0]
     batch = TensorDict(
         {
@@ -162,7 +162,7 @@ def data_of(request: dict[str, Any], tokenizer: Any) -> DataProto:
 
 
 def manager(request: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """verl finds the manager by its file, and puts its scores where the last token is."""
+    """verl finds the manager by its file, and puts its score at the last token."""
     config = config_of(request)
     kind = resolve_reward_manager_cls(config)
     data = data_of(request, tokenizer)
@@ -172,12 +172,12 @@ def manager(request: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         return dict(await made.run_single(data))
 
     scored = asyncio.run(score())
-    placed = kind.assemble_rm_scores(data, [scored["reward_score"]])
-    return {"scored": scored, "placed": placed[0].tolist()}
+    row = kind.assemble_rm_scores(data, [scored["reward_score"]])
+    return {"scored": scored, "row": row[0].tolist()}
 
 
 def classify(request: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """verl's own reward loop, which takes the server for vLLM's."""
+    """verl's own reward loop, which calls the server as it calls vLLM's."""
     worker = object.__new__(RewardLoopWorker)
     worker.config = config_of(request)
     worker.reward_router_address = request["url"].removeprefix("http://")
@@ -195,7 +195,7 @@ def classify(request: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 def outage(request: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """The server is killed between two rollouts."""
     engine = Engine()
-    engine.says = request["responses"][0]
+    engine.ids = request["responses"][0]
 
     async def play() -> dict[str, Any]:
         loop = loop_of(request, tokenizer, engine)

@@ -11,7 +11,7 @@ import pytest
 import policies
 from densereward_client import Client
 from serving import Json, Server, serving
-from tests.trainers.asking import ask, ids_of
+from tests.trainers.programs import ids_of, run_program
 
 pytestmark = pytest.mark.trainers
 
@@ -36,7 +36,7 @@ def cases_of(tokenizer: Any) -> list[Json]:
 
 
 def direct(client: Client, tokenizer: Any, cases: list[Json]) -> list[Any]:
-    """What the server says itself, and the rewards with the baseline on the last token."""
+    """The server's own answers, with the baseline added to the last token."""
     samples = [
         {"messages": each["label"], "response_token_ids": each["turns"][0], "finished": each["finish_reason"] == "stop"}
         for each in cases
@@ -55,16 +55,16 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def made(server: Server, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Json:
     job = {"do": "rollouts", "url": server.url, "method": METHOD, "alpha": ALPHA, "cases": cases_of(tokenizer)}
-    return ask("openrlhf", tmp_path_factory.mktemp("openrlhf"), job)
+    return run_program("openrlhf", tmp_path_factory.mktemp("openrlhf"), job)
 
 
 def test_token_rewards_are_where_the_policys_tokens_are(made: Json, client: Client, tokenizer: Any) -> None:
     items = direct(client, tokenizer, cases_of(tokenizer))
     for item, output, prompt in zip(items, made["outputs"], made["prompts"], strict=True):
         assert output["reward"] == output["scores"] == pytest.approx(item.reward, abs=1e-5)
-        placed = np.asarray(output["extra_logs"]["token_rewards"])
-        np.testing.assert_allclose(placed[prompt - 1 :], item.token_rewards["r"], atol=1e-5)
-        assert not placed[: prompt - 1].any()
+        token_rewards = np.asarray(output["extra_logs"]["token_rewards"])
+        np.testing.assert_allclose(token_rewards[prompt - 1 :], item.token_rewards["r"], atol=1e-5)
+        assert not token_rewards[: prompt - 1].any()
     for estimator in ("gae", "reinforce"):
         kept = made["dense"][estimator]
         for item, returns, mask in zip(items, kept["returns"], kept["action_mask"], strict=True):
@@ -77,8 +77,8 @@ def test_what_a_response_earns_in_all_is_what_it_was_without_token_rewards(made:
     for estimator in ("gae", "reinforce"):
         dense, plain = made["dense"][estimator], made["plain"][estimator]
         first = [mask.index(1) for mask in plain["action_mask"]]
-        for row, place in enumerate(first):
-            assert dense["returns"][row][place] == pytest.approx(plain["returns"][row][place], abs=1e-5)
+        for row, position in enumerate(first):
+            assert dense["returns"][row][position] == pytest.approx(plain["returns"][row][position], abs=1e-5)
 
 
 @pytest.mark.parametrize("estimator", GROUP)
@@ -97,8 +97,8 @@ def test_a_groups_advantages_get_the_differences_within_a_response(
 def test_another_word_moves_the_reward_at_its_place(made: Json, tokenizer: Any) -> None:
     good, dull = (np.asarray(output["extra_logs"]["token_rewards"]) for output in made["outputs"][:2])
     ids = [ids_of(tokenizer, text) for text in ANSWERS[:2]]
-    place = next(place for place, (one, other) in enumerate(zip(*ids, strict=False)) if one != other)
-    at = made["prompts"][0] - 1 + place
+    position = next(i for i, (one, other) in enumerate(zip(*ids, strict=False)) if one != other)
+    at = made["prompts"][0] - 1 + position
     np.testing.assert_allclose(good[:at], dull[:at], atol=1e-5)
     assert abs(good[at] - dull[at]) > 1e-4
 
@@ -115,32 +115,32 @@ def test_what_the_environment_wrote_gets_nothing(
         "turns": [ids_of(tokenizer, "I look it up.", ended=False), ids_of(tokenizer, "It was good.")],
         "feedback": ["The tool says good.\n", ""],
     }
-    output = ask("openrlhf", tmp_path, {"do": "turns", "url": server.url, "cases": [case]})
-    (begin, stop), (again, end) = output["action_ranges"]
-    placed = np.asarray(output["extra_logs"]["token_rewards"])
-    assert again > stop
-    assert not placed[stop - 1 : again - 1].any()
+    output = run_program("openrlhf", tmp_path, {"do": "turns", "url": server.url, "cases": [case]})
+    (begin, stop), (second_begin, end) = output["action_ranges"]
+    token_rewards = np.asarray(output["extra_logs"]["token_rewards"])
+    assert second_begin > stop
+    assert not token_rewards[stop - 1 : second_begin - 1].any()
     sample = {
         "messages": DIALOGUE,
         "response_token_ids": output["observation_tokens"][begin:end],
-        "response_mask": [1] * (stop - begin) + [0] * (again - stop) + [1] * (end - again),
+        "response_mask": [1] * (stop - begin) + [0] * (second_begin - stop) + [1] * (end - second_begin),
     }
     item = client.bind(tokenizer).token_rewards([sample], methods=["red"]).data[0]
     assert item.reward is not None
-    assert output["reward"] == pytest.approx(item.reward + 0.25, abs=1e-5)  # the environment's own beside it
+    assert output["reward"] == pytest.approx(item.reward + 0.25, abs=1e-5)  # with the environment's own reward
     expected = item.token_rewards["red"]
     expected[-1] += item.baseline["red"]
-    np.testing.assert_allclose(placed[begin - 1 : end - 1], expected, atol=1e-5)
+    np.testing.assert_allclose(token_rewards[begin - 1 : end - 1], expected, atol=1e-5)
 
 
 def test_a_killed_server_ends_the_rollout(tmp_path: Path, tiny_llama: Path, tokenizer: Any) -> None:
-    with serving(tmp_path / "log", "--device", "cpu", "--model", str(tiny_llama)) as doomed:
-        job = {"do": "outage", "url": doomed.url, "pid": doomed.process.pid, "cases": cases_of(tokenizer)[:1]}
-        assert ask("openrlhf", tmp_path, job)["raised"] == "ConnectionFailed"
+    with serving(tmp_path / "log", "--device", "cpu", "--model", str(tiny_llama)) as short_lived:
+        job = {"do": "outage", "url": short_lived.url, "pid": short_lived.process.pid, "cases": cases_of(tokenizer)[:1]}
+        assert run_program("openrlhf", tmp_path, job)["raised"] == "ConnectionFailed"
 
 
 def test_the_trainers_actor_makes_its_experiences_with_token_rewards(tmp_path: Path) -> None:
-    answer = ask("openrlhf", tmp_path, {"do": "installed"})
+    answer = run_program("openrlhf", tmp_path, {"do": "installed"})
     assert answer == {"actor": "PPOTrainer", "maker": "TokenRewardsExperienceMaker"}
 
 
@@ -149,7 +149,7 @@ def test_its_remote_url_gets_one_reward_for_each_response(
 ) -> None:
     cases = [case_of(tokenizer, text) for text in ANSWERS[:2]]
     url = f"{server.url}/get_reward?token_rewards=false&eos={tokenizer.eos_token}"
-    made = ask("openrlhf", tmp_path, {"do": "remote_url", "remote_url": url, "cases": cases})
+    made = run_program("openrlhf", tmp_path, {"do": "remote_url", "remote_url": url, "cases": cases})
     for reward, case in zip(made["rewards"], cases, strict=True):
         prompt = ids_of(tokenizer, case["prompt"], ended=False)
         text = tokenizer.decode([*prompt, *case["turns"][0]]).removeprefix(case["prompt"])
@@ -163,6 +163,6 @@ def test_its_remote_url_gets_one_reward_for_each_response(
 def test_its_remote_url_has_no_reward_where_there_is_no_server(tmp_path: Path, tokenizer: Any) -> None:
     """OpenRLHF tries five times and then goes on with None, at which its next step fails; it never takes zero."""
     job = {"do": "remote_url", "remote_url": "http://127.0.0.1:9/get_reward", "cases": cases_of(tokenizer)[:1]}
-    made = ask("openrlhf", tmp_path, job)
+    made = run_program("openrlhf", tmp_path, job)
     assert made["rewards"] == [None]
     assert made["failed"].startswith("AttributeError: 'NoneType'")

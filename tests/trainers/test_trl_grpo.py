@@ -1,4 +1,4 @@
-"""TRL's GRPO and RLOO, run for real: what their losses are given is what the server says, where tokens stand."""
+"""TRL's GRPO and RLOO: the advantages that their losses get are computed from the server's rewards, token by token."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ def bound(client: Client) -> BoundClient:
     return client.bind(policies.make_tokenizer())
 
 
-def asked(client: Client, prompt: Any, ids: list[int], method: str, mask: list[int] | None = None) -> tuple[float, Any]:
-    """What the server says of one completion: its reward, and its tokens'."""
+def scored(
+    client: Client, prompt: Any, ids: list[int], method: str, mask: list[int] | None = None
+) -> tuple[float, Any]:
+    """The server's reward of one completion, and those of its tokens."""
     sample: Json = {"prompt" if isinstance(prompt, str) else "messages": prompt, "response_token_ids": ids}
     if mask is not None:
         sample["response_mask"] = mask
@@ -61,7 +63,7 @@ def asked(client: Client, prompt: Any, ids: list[int], method: str, mask: list[i
 
 
 def completions(batch: Json) -> list[list[int]]:
-    """The ids of each row of a loss without what pads them; a row that is left out is as long as it may be."""
+    """The ids of each row of a loss without padding; rows that are left out have the greatest length."""
     pairs = zip(batch["completion_ids"], batch["completion_mask"], strict=True)
     return [ids[: sum(mask) or LONGEST] for ids, mask in pairs]
 
@@ -70,16 +72,16 @@ def prompts_of(batch: Json, prompts: list[Any]) -> list[Any]:
     return [prompts[next(i for i, each in enumerate(SUBJECTS) if each in text)] for text in batch["prompts"]]
 
 
-def together(losses: list[Json], size: int) -> list[list[Json]]:
+def by_generation(losses: list[Json], size: int) -> list[list[Json]]:
     """The losses of each generation."""
     return [losses[start : start + size] for start in range(0, len(losses), size)]
 
 
 def of_groups(prompts: list[Any], rewards: list[float]) -> np.ndarray[Any, Any]:
-    """GRPO's advantages: less the group's mean, over its deviation."""
+    """GRPO's advantages: rewards minus the group's mean, over its standard deviation."""
     advantages = np.zeros(len(rewards))
     for prompt in {str(each) for each in prompts}:
-        group = [place for place, each in enumerate(prompts) if str(each) == prompt]
+        group = [position for position, each in enumerate(prompts) if str(each) == prompt]
         assert len(group) == 4
         values = np.array(rewards)[group]
         advantages[group] = (values - values.mean()) / (values.std(ddof=1) + 1e-4)
@@ -87,11 +89,11 @@ def of_groups(prompts: list[Any], rewards: list[float]) -> np.ndarray[Any, Any]:
 
 
 def check(batches: list[Json], client: Client) -> None:
-    """What the loss was given for the rows of one generation is what the server says, by the formula."""
+    """The loss got, for the rows of one generation, the advantages that the server's rewards give by the formula."""
     rows = [row for batch in batches for row in completions(batch)]
     prompts = [prompt for batch in batches for prompt in prompts_of(batch, DIALOGUES)]
     given = [row for batch in batches for row in batch["advantages"]]
-    answers = [asked(client, prompt, ids, "red") for prompt, ids in zip(prompts, rows, strict=True)]
+    answers = [scored(client, prompt, ids, "red") for prompt, ids in zip(prompts, rows, strict=True)]
     sequence = of_groups(prompts, [reward for reward, _ in answers])
     for advantages, each, (_, rewards) in zip(given, sequence, answers, strict=True):
         np.testing.assert_allclose(advantages[: len(rewards)], each + rewards - rewards.mean(), atol=TOLERANCE)
@@ -102,7 +104,7 @@ def test_each_token_has_its_completions_advantage_and_the_servers_reward(train: 
     seen = train("trl_grpo", **job(config={"num_iterations": 2, "max_steps": 8}))
     assert (seen["errors"], seen["finite"], seen["names"]) == ([], True, ["densereward_red"])
     assert len(seen["losses"]) == 8
-    for first, second, *again in together(seen["losses"], 4):
+    for first, second, *again in by_generation(seen["losses"], 4):
         assert again == [first, second]
         check([first, second], client)
 
@@ -131,21 +133,21 @@ def test_several_reward_functions_are_weighted_and_cut_completions_left_out(trai
     seen = train("trl_grpo", **job(methods=["red", "abc"], prompts=TEXTS, length=True, alpha=alpha, config=config))
     assert (seen["errors"], seen["finite"]) == ([], True)
     cut = 0
-    for batches in together(seen["losses"], 2):
+    for batches in by_generation(seen["losses"], 2):
         rows = [row for batch in batches for row in completions(batch)]
         prompts = [prompt for batch in batches for prompt in prompts_of(batch, TEXTS)]
-        red = [asked(client, prompt, ids, "red") for prompt, ids in zip(prompts, rows, strict=True)]
-        abc = [asked(client, prompt, ids, "abc")[1] for prompt, ids in zip(prompts, rows, strict=True)]
+        red = [scored(client, prompt, ids, "red") for prompt, ids in zip(prompts, rows, strict=True)]
+        abc = [scored(client, prompt, ids, "abc")[1] for prompt, ids in zip(prompts, rows, strict=True)]
         totals = [0.5 * reward + 2 * len(ids) / 10 for (reward, _), ids in zip(red, rows, strict=True)]
         sequence = of_groups(prompts, totals)
         given = [row for batch in batches for row in batch["advantages"]]
-        for place, advantages in enumerate(given):
-            if rows[place][-1] != 2:
+        for position, advantages in enumerate(given):
+            if rows[position][-1] != 2:
                 cut += 1
                 assert not any(advantages)
                 continue
-            rewards = red[place][1] - 0.5 * abc[place]
-            expected = sequence[place] + alpha * (rewards - rewards.mean())
+            rewards = red[position][1] - 0.5 * abc[position]
+            expected = sequence[position] + alpha * (rewards - rewards.mean())
             np.testing.assert_allclose(advantages[: len(rewards)], expected, atol=TOLERANCE)
             assert not any(advantages[len(rewards) :])
     assert cut
@@ -155,15 +157,15 @@ def test_tokens_of_tools_get_nothing_and_their_share_moves_on(train: Train, clie
     tokenizer = policies.make_tokenizer()
     ids = tokenizer("Thank you, that was good", add_special_tokens=False).input_ids
     rows = [[*ids, 2], ids, ids[:-3], [*ids[:-2], 2]]
-    masks = [[int(not 2 <= place < 5) for place in range(len(row))] for row in rows]
+    masks = [[int(not 2 <= position < 5) for position in range(len(row))] for row in rows]
     seen = train("trl_grpo", **job(completions=rows, masks=masks, config={"max_steps": 2}))
     assert seen["errors"] == []
-    for batches in together(seen["losses"], 2):
+    for batches in by_generation(seen["losses"], 2):
         written = [row for batch in batches for row in completions(batch)]
         prompts = [prompt for batch in batches for prompt in prompts_of(batch, DIALOGUES)]
         kept = [masks[rows.index(row)] for row in written]
         answers = [
-            asked(client, prompt, ids, "red", mask) for prompt, ids, mask in zip(prompts, written, kept, strict=True)
+            scored(client, prompt, ids, "red", mask) for prompt, ids, mask in zip(prompts, written, kept, strict=True)
         ]
         sequence = of_groups(prompts, [reward for reward, _ in answers])
         given = [row for batch in batches for row in batch["advantages"]]
@@ -175,17 +177,17 @@ def test_tokens_of_tools_get_nothing_and_their_share_moves_on(train: Train, clie
 def test_a_token_that_is_flipped_moves_its_own_advantage(train: Train) -> None:
     tokenizer = policies.make_tokenizer()
     ids = [*tokenizer("Thank you, that was good", add_special_tokens=False).input_ids, 2]
-    place = len(ids) // 2
-    flipped = [*ids[:place], tokenizer.convert_tokens_to_ids("z"), *ids[place + 1 :]]
+    position = len(ids) // 2
+    flipped = [*ids[:position], tokenizer.convert_tokens_to_ids("z"), *ids[position + 1 :]]
     config = {"num_generations": 2, "per_device_train_batch_size": 2, "steps_per_generation": 1, "max_steps": 1}
     seen = train("trl_grpo", **job(completions=[ids, flipped], config=config))
     (loss,) = seen["losses"]
     pairs = zip(loss["completion_ids"], loss["advantages"], strict=True)
-    rows = {row[place]: np.array(advantages) for row, advantages in pairs}
+    rows = {row[position]: np.array(advantages) for row, advantages in pairs}
     # Relative to the first token's, what is left of an advantage is its token's reward.
-    before, after = (rows[each[place]] - rows[each[place]][0] for each in (ids, flipped))
-    np.testing.assert_allclose(before[:place], after[:place], atol=TOLERANCE)
-    assert abs(before[place] - after[place]) > 100 * TOLERANCE
+    before, after = (rows[each[position]] - rows[each[position]][0] for each in (ids, flipped))
+    np.testing.assert_allclose(before[:position], after[:position], atol=TOLERANCE)
+    assert abs(before[position] - after[position]) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize(("trainer", "asynchronous"), [("grpo", True), ("rloo", False)])
@@ -197,7 +199,7 @@ def test_whole_completions_get_the_servers_number(
     assert (seen["errors"], seen["finite"]) == ([], True)
     assert len(seen["rewards"]) == 2
     for call in seen["rewards"]:
-        expected = [asked(client, *each, "red")[0] for each in zip(call["prompts"], call["ids"], strict=True)]
+        expected = [scored(client, *each, "red")[0] for each in zip(call["prompts"], call["ids"], strict=True)]
         np.testing.assert_allclose(np.ravel(call["rewards"]), expected, atol=TOLERANCE)
 
 
@@ -206,8 +208,8 @@ def test_a_server_that_is_gone_ends_the_training(
     trainer: str, asynchronous: bool, train: Train, tiny_llama: Path, tmp_path: Path
 ) -> None:
     with serving(tmp_path / "log", "--device", "cpu", "--model", str(tiny_llama)) as short_lived:
-        told = job(trainer=trainer, asynchronous=asynchronous, config={"steps_per_generation": 1})
-        seen = train("trl_grpo", **told | {"url": short_lived.url, "server": short_lived.process.pid})
+        request = job(trainer=trainer, asynchronous=asynchronous, config={"steps_per_generation": 1})
+        seen = train("trl_grpo", **request | {"url": short_lived.url, "server": short_lived.process.pid})
     (error,) = seen["errors"]
     assert error.startswith("ConnectionFailed")
     assert len(seen["losses"]) == 1

@@ -1,4 +1,4 @@
-"""TRL's experimental PPO, run for real: the rewards that it computes with are the server's, where tokens stand."""
+"""TRL's experimental PPO: the rewards that it uses are the server's, token by token."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ def job(**changes: Any) -> Json:
     return JOB | changes | {"config": JOB["config"] | changes.get("config", {})}
 
 
-def expected(client: Client, update: Json, told: Json) -> np.ndarray[Any, Any]:
-    """What the server says of each response, in the trainer's columns, and the penalty for those without an end."""
-    tokenizer = policies.make_tokenizer(told["pad"])
+def expected(client: Client, update: Json, request: Json) -> np.ndarray[Any, Any]:
+    """The server's rewards of each response in the trainer's columns, minus the penalty for a missing EOS."""
+    tokenizer = policies.make_tokenizer(request["pad"])
     bound = client.bind(tokenizer)
     shown = [tokenizer.decode(query, skip_special_tokens=True) for query in update["queries"]]
     samples: list[Json] = []
     for text, row in zip(shown, update["responses"], strict=True):
-        place = next(i for i, each in enumerate(SUBJECTS) if each in text)
+        position = next(i for i, each in enumerate(SUBJECTS) if each in text)
         ends = [i for i, token in enumerate(row) if token in (EOS, tokenizer.pad_token_id)]
         ids = row[: ends[0] + (row[ends[0]] == EOS)] if ends else row
-        prompt = {"messages": DIALOGUES[place]} if told["column"] else {"prompt": TEXTS[place]}
+        prompt = {"messages": DIALOGUES[position]} if request["column"] else {"prompt": TEXTS[position]}
         samples.append(prompt | {"response_token_ids": ids})
-    answer = bound.token_rewards(samples, methods=[told["method"]])
+    answer = bound.token_rewards(samples, methods=[request["method"]])
     rewards = np.zeros(np.shape(update["responses"]))
-    penalty = told["config"].get("missing_eos_penalty", 0.0)
+    penalty = request["config"].get("missing_eos_penalty", 0.0)
     for row, item, sample, score in zip(rewards, answer.data, samples, update["scores"], strict=True):
         ids = sample["response_token_ids"]
-        row[: len(ids)] = item.token_rewards[told["method"]]
+        row[: len(ids)] = item.token_rewards[request["method"]]
         missing = penalty * (EOS not in ids)
         assert score == pytest.approx((item.reward or 0.0) - missing, abs=TOLERANCE)
-        # Where a response is cut, TRL's one place for a score is its last column, or the first pad.
+        # TRL adds the score of a cut response in the last column, or at the first pad.
         row[min(len(ids), len(row) - 1)] -= missing
     return rewards
 
@@ -62,8 +62,8 @@ def expected(client: Client, update: Json, told: Json) -> np.ndarray[Any, Any]:
 def gae(rewards: Any, values: Any, gamma: float = 1.0, decay: float = 0.95) -> np.ndarray[Any, Any]:
     advantages, latest = [], np.zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
-        following = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
-        latest = rewards[:, t] + gamma * following - values[:, t] + gamma * decay * latest
+        next_values = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+        latest = rewards[:, t] + gamma * next_values - values[:, t] + gamma * decay * latest
         advantages.append(latest)
     return np.stack(advantages[::-1], axis=1)
 
@@ -73,14 +73,14 @@ def test_each_token_has_the_servers_reward_before_advantages_are_made(
     pad: str, column: bool, train: Train, client: Client
 ) -> None:
     prompts = DIALOGUES if column else TEXTS
-    told = job(pad=pad, column=column, prompts=prompts * 2, config={"missing_eos_penalty": 1.0})
-    told["config"]["num_sample_generations"] = 1
-    seen = train("trl_ppo", **told)
+    request = job(pad=pad, column=column, prompts=prompts * 2, config={"missing_eos_penalty": 1.0})
+    request["config"]["num_sample_generations"] = 1
+    seen = train("trl_ppo", **request)
     assert (seen["errors"], seen["finite"], len(seen["updates"])) == ([], True, 2)
     for update in seen["updates"]:
         rewards = np.array(update["rewards"])
         added = rewards - np.array(update["non_score_reward"])
-        np.testing.assert_allclose(added, expected(client, update, told), atol=TOLERANCE)
+        np.testing.assert_allclose(added, expected(client, update, request), atol=TOLERANCE)
         np.testing.assert_allclose(update["advantages"], gae(rewards, np.array(update["values"])), atol=TOLERANCE)
 
 
@@ -88,18 +88,18 @@ def test_each_token_has_the_servers_reward_before_advantages_are_made(
 def test_responses_that_end_anywhere_are_rewarded_up_to_their_end(pad: str, train: Train, client: Client) -> None:
     tokenizer = policies.make_tokenizer(pad)
     ids = tokenizer("Thank you, that was good", add_special_tokens=False).input_ids[:12]
-    place = 4
-    flipped = [*ids[:place], tokenizer.convert_tokens_to_ids("z"), *ids[place + 1 :]]
-    ended = [*ids[:5], EOS, *ids[6:]]  # what follows an end was never meant
+    position = 4
+    flipped = [*ids[:position], tokenizer.convert_tokens_to_ids("z"), *ids[position + 1 :]]
+    ended = [*ids[:5], EOS, *ids[6:]]  # tokens after an EOS do not count
     responses = [ids, flipped, ended, [EOS] + [tokenizer.pad_token_id] * 11]
-    told = job(pad=pad, prompts=DIALOGUES[:1] * 8, responses=responses, config={"missing_eos_penalty": 0.5})
-    seen = train("trl_ppo", **told)
+    request = job(pad=pad, prompts=DIALOGUES[:1] * 8, responses=responses, config={"missing_eos_penalty": 0.5})
+    seen = train("trl_ppo", **request)
     assert seen["errors"] == []
     for update in seen["updates"]:
         added = np.array(update["rewards"]) - np.array(update["non_score_reward"])
-        np.testing.assert_allclose(added, expected(client, update, told), atol=TOLERANCE)
-        np.testing.assert_allclose(added[0, :place], added[1, :place], atol=TOLERANCE)
-        assert abs(added[0, place] - added[1, place]) > 100 * TOLERANCE
+        np.testing.assert_allclose(added, expected(client, update, request), atol=TOLERANCE)
+        np.testing.assert_allclose(added[0, :position], added[1, :position], atol=TOLERANCE)
+        assert abs(added[0, position] - added[1, position]) > 100 * TOLERANCE
         assert not added[2, 6:].any()
         assert not added[3, 1:].any()
 
@@ -108,15 +108,15 @@ def test_a_stop_token_of_ones_own_ends_a_response_as_well(train: Train, client: 
     tokenizer = policies.make_tokenizer("<s>")
     ids = tokenizer("Thank you. That was it", add_special_tokens=False).input_ids[:12]
     stop = tokenizer.convert_tokens_to_ids(".")
-    said = ids[: ids.index(stop) + 1]
+    written = ids[: ids.index(stop) + 1]
     config = {"stop_token": None, "stop_token_id": stop}
     seen = train("trl_ppo", **job(pad="<s>", prompts=DIALOGUES[:1] * 8, responses=[ids], config=config))
-    sample = {"messages": DIALOGUES[0], "response_token_ids": said, "finished": True}
+    sample = {"messages": DIALOGUES[0], "response_token_ids": written, "finished": True}
     (item,) = client.bind(tokenizer).token_rewards([sample], methods=["red"]).data
     for update in seen["updates"]:
         added = np.array(update["rewards"]) - np.array(update["non_score_reward"])
-        np.testing.assert_allclose(added[:, : len(said)], [item.token_rewards["red"]] * 4, atol=TOLERANCE)
-        assert not added[:, len(said) :].any()
+        np.testing.assert_allclose(added[:, : len(written)], [item.token_rewards["red"]] * 4, atol=TOLERANCE)
+        assert not added[:, len(written) :].any()
     assert (seen["errors"], len(seen["updates"])) == ([], 2)
 
 

@@ -11,7 +11,7 @@ import pytest
 import policies
 from densereward_client import Client
 from serving import Json, Server, serving
-from tests.trainers.asking import ask, ids_of
+from tests.trainers.programs import ids_of, run_program
 
 DIALOGUE = [{"role": "user", "content": "How was the evening?"}]
 METHOD = {"name": "red", "label": "r"}
@@ -37,7 +37,7 @@ def job(server: Server, tokenizer: Any) -> Json:
 
 @pytest.fixture(scope="module")
 def items(client: Client, tokenizer: Any) -> list[Any]:
-    """What the server says itself, the baseline on the last token."""
+    """The server's own answer, with the baseline added to the last token."""
     samples = [{"messages": DIALOGUE, "response_token_ids": ids} for ids in responses_of(tokenizer)]
     found = client.bind(tokenizer).token_rewards(samples, methods=[METHOD]).data
     for item in found:
@@ -47,7 +47,7 @@ def items(client: Client, tokenizer: Any) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def made(job: Json, tmp_path_factory: pytest.TempPathFactory) -> Json:
-    return ask("verl", tmp_path_factory.mktemp("verl"), job | {"do": "rollouts"})
+    return run_program("verl", tmp_path_factory.mktemp("verl"), job | {"do": "rollouts"})
 
 
 def test_token_rewards_are_verls_scores_at_their_tokens(made: Json, items: list[Any], tokenizer: Any) -> None:
@@ -76,9 +76,9 @@ def test_grpo_sees_the_sequences_reward(made: Json, items: list[Any]) -> None:
 def test_another_word_moves_the_reward_at_its_place(made: Json, tokenizer: Any) -> None:
     good, dull = (np.asarray(row) for row in made["rm_scores"][:2])
     ids = responses_of(tokenizer)[:2]
-    place = next(place for place, (one, other) in enumerate(zip(*ids, strict=False)) if one != other)
-    np.testing.assert_allclose(good[:place], dull[:place], atol=1e-5)
-    assert abs(good[place] - dull[place]) > 1e-4
+    position = next(i for i, (one, other) in enumerate(zip(*ids, strict=False)) if one != other)
+    np.testing.assert_allclose(good[:position], dull[:position], atol=1e-5)
+    assert abs(good[position] - dull[position]) > 1e-4
 
 
 def test_all_rollouts_of_a_process_share_one_client(made: Json) -> None:
@@ -87,9 +87,9 @@ def test_all_rollouts_of_a_process_share_one_client(made: Json) -> None:
 
 def test_what_tools_wrote_gets_nothing(tmp_path: Path, job: Json, client: Client, tokenizer: Any) -> None:
     tool = ids_of(tokenizer, "The tool says good.", ended=False)
-    said, then = ids_of(tokenizer, "I look it up.", ended=False), ids_of(tokenizer, "It was good.")
-    ids, mask = [*said, *tool, *then], [1] * len(said) + [0] * len(tool) + [1] * len(then)
-    made = ask("verl", tmp_path, job | {"do": "tools", "responses": [ids], "mask": mask})
+    before, after = ids_of(tokenizer, "I look it up.", ended=False), ids_of(tokenizer, "It was good.")
+    ids, mask = [*before, *tool, *after], [1] * len(before) + [0] * len(tool) + [1] * len(after)
+    made = run_program("verl", tmp_path, job | {"do": "tools", "responses": [ids], "mask": mask})
     sample = {"messages": DIALOGUE, "response_token_ids": ids, "response_mask": mask}
     item = client.bind(tokenizer).token_rewards([sample], methods=["red"]).data[0]
     rewards = item.token_rewards["red"]
@@ -102,27 +102,27 @@ def test_what_tools_wrote_gets_nothing(tmp_path: Path, job: Json, client: Client
 def test_the_reward_manager_gives_one_number_at_the_last_token(
     tmp_path: Path, job: Json, items: list[Any], tokenizer: Any
 ) -> None:
-    made = ask("verl", tmp_path, job | {"do": "manager"})
+    made = run_program("verl", tmp_path, job | {"do": "manager"})
     assert made["scored"] == {"reward_score": pytest.approx(items[0].reward, abs=1e-5), "reward_extra_info": {}}
     last = len(responses_of(tokenizer)[0]) - 1
-    assert np.flatnonzero(made["placed"]).tolist() == [last]
-    assert made["placed"][last] == pytest.approx(items[0].reward, abs=1e-5)
+    assert np.flatnonzero(made["row"]).tolist() == [last]
+    assert made["row"][last] == pytest.approx(items[0].reward, abs=1e-5)
 
 
 def test_its_own_reward_loop_can_ask_the_server_as_it_asks_vllm(
     tmp_path: Path, server: Server, client: Client, job: Json
 ) -> None:
-    made = ask("verl", tmp_path, job | {"do": "classify"})
+    made = run_program("verl", tmp_path, job | {"do": "classify"})
     sample = {"messages": DIALOGUE, "response": ANSWERS[0]}
     expected = client.rewards([sample]).data[0].reward
     assert made["scored"] == {"reward_score": pytest.approx(expected, abs=1e-5)}, made["text"]
 
 
 def test_a_killed_server_ends_the_rollout(tmp_path: Path, tiny_llama: Path, job: Json) -> None:
-    with serving(tmp_path / "log", "--device", "cpu", "--model", str(tiny_llama)) as doomed:
-        told = job | {"do": "outage", "url": doomed.url, "pid": doomed.process.pid}
-        assert ask("verl", tmp_path, told)["raised"] == "ConnectionFailed"
+    with serving(tmp_path / "log", "--device", "cpu", "--model", str(tiny_llama)) as short_lived:
+        request = job | {"do": "outage", "url": short_lived.url, "pid": short_lived.process.pid}
+        assert run_program("verl", tmp_path, request)["raised"] == "ConnectionFailed"
 
 
 def test_the_old_trainer_which_would_drop_token_rewards_is_refused(tmp_path: Path, job: Json) -> None:
-    assert "use_v1=True" in ask("verl", tmp_path, job | {"do": "old_trainer"})["raised"]
+    assert "use_v1=True" in run_program("verl", tmp_path, job | {"do": "old_trainer"})["raised"]

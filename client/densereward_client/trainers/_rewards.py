@@ -1,30 +1,34 @@
-"""What the adapters share: rewards that sum to the sequence's, and a server asked for one response at a time."""
+"""What all adapters share: rewards that sum to the sequence's reward, and a server called once per response."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._bound import AsyncBoundClient
+from .._bound_client import AsyncBoundClient
 from .._client import AsyncClient
 from ..tensors import row_of
 from ..wire import MethodRequest, Sample, SampleTokenRewards
 
-__all__ = ["Method", "Rewarded", "Rewarder", "as_method", "rewarded"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Method", "Rewarded", "Rewarder", "as_method", "centred", "rewarded"]
 
 Method = str | Mapping[str, Any]
+"""A method's name, or a mapping with its parameters, such as `{"name": "abc", "beta": 0.8}`."""
 
 
 class Rewarded(NamedTuple):
     """The reward of one response.
 
     Attributes:
-        reward: Of the whole response.
-        token_rewards: float32[T], one for each of the policy's tokens; they sum to `reward`.
+        reward: The reward of the whole response.
+        token_rewards: float32[T], one per token of the response; they sum to `reward`.
     """
 
     reward: float
@@ -32,22 +36,22 @@ class Rewarded(NamedTuple):
 
 
 def as_method(method: Method) -> MethodRequest:
-    """A method, by its name or with parameters."""
+    """The request for a method; its `key` names the rewards in the answer."""
     return MethodRequest.model_validate({"name": method} if isinstance(method, str) else dict(method))
 
 
 def rewarded(item: SampleTokenRewards, method: str, mask: ArrayLike | None = None) -> Rewarded:
-    """One item of an answer, its baseline put on the last token that the policy wrote.
+    """The rewards of one item, with its baseline added to the last token that the policy wrote.
 
-    So the rewards sum to the sequence's, as trainers that add them up expect.
+    So they sum to the sequence's reward, as trainers that add them up expect.
 
     Args:
-        item: Of the answer.
+        item: One item of an answer.
         method: The key of its token rewards.
         mask: [T], 0 for tokens that the policy did not write; by default it wrote all of them.
 
     Raises:
-        ValueError: The item was not served, or the response has no token of the policy's.
+        ValueError: The item was not served, or the policy wrote none of the tokens.
     """
     rewards = row_of(item, method).astype(np.float64)
     written = np.flatnonzero(np.ones(len(rewards)) if mask is None else np.asarray(mask))
@@ -58,16 +62,24 @@ def rewarded(item: SampleTokenRewards, method: str, mask: ArrayLike | None = Non
     return Rewarded(float(item.reward or 0.0) * scale, rewards.astype(np.float32))
 
 
-class Rewarder:
-    """A server, asked from asyncio for one response at a time, as rollouts end. The server makes batches of them.
+def centred(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`r_t - mean r`, with the mean over the row's tokens where the mask is not 0; 0 elsewhere. All [B, T]."""
+    excluded = ~mask.bool()
+    counts = mask.bool().sum(1, keepdim=True).clamp(min=1)
+    means = rewards.masked_fill(excluded, 0.0).sum(1, keepdim=True) / counts
+    return (rewards - means).masked_fill(excluded, 0.0)
 
-    It can be made before the server is up, and anywhere: it connects at the first call. It serves one policy: the
-    tokenizer of the first call is bound.
+
+class Rewarder:
+    """A server, called from asyncio with one response at a time, as rollouts end; the server forms batches of them.
+
+    It connects at the first call, so it can be created before the server is up, in any process. It serves one policy,
+    whose tokenizer is bound at the first call.
 
     Args:
         base_url: Where the server listens.
-        method: Which token rewards, by name or with parameters such as `{"name": "abc", "beta": 0.8}`.
-        model: One of the server's, its first by default; several answer as an ensemble.
+        method: Which token rewards, by name or with parameters.
+        model: One of the server's, by default the first; several form an ensemble.
         eos_token_ids: What ends the policy's responses; by default its tokenizer's EOS.
         client_options: Further arguments of `AsyncClient`: `api_key`, `timeout`, `retries` and so on.
     """
@@ -91,15 +103,15 @@ class Rewarder:
         self._client: AsyncClient | None = None
 
     async def reward(self, tokenizer: Any, sample: Sample | Mapping[str, Any]) -> Rewarded:
-        """The rewards of one response, on the policy's own ids; what is wrong raises, and is never a reward of zero.
+        """The rewards of one response, one per id of the policy's. A failure raises and is never a reward of zero.
 
         Args:
             tokenizer: The policy's.
-            sample: As `BoundClient.token_rewards` takes them: `response_token_ids` are the policy's.
+            sample: As for `BoundClient.token_rewards`: `response_token_ids` are the policy's.
 
         Raises:
             ValueError: The request is wrong; nothing was sent.
-            DenseRewardError: One of its kinds, by what went wrong.
+            DenseRewardError: One of its subclasses, by what went wrong.
         """
         given = sample if isinstance(sample, Sample) else Sample.model_validate(sample)
         policy = await self._policy(tokenizer)
@@ -107,13 +119,13 @@ class Rewarder:
         return rewarded(answer.data[0], self._method.key, given.response_mask)
 
     async def aclose(self) -> None:
-        """Closes the connections; a further call opens others."""
+        """Closes the connections; a later call opens new ones."""
         client, self._client, self._bound = self._client, None, None
         if client is not None:
             await client.aclose()
 
     async def _policy(self, tokenizer: Any) -> AsyncBoundClient:
-        """Bound once, however many ask at once; connections belong to the loop that they were opened in."""
+        """The bound client: one for all concurrent calls, and another for another event loop, as connections need."""
         loop = asyncio.get_running_loop()
         failed = self._bound is not None and self._bound.done() and self._bound.exception() is not None
         if self._bound is None or self._loop is not loop or failed:
@@ -125,7 +137,7 @@ class Rewarder:
         client = AsyncClient(self._base_url, **self._client_options)
         try:
             bound = await client.bind(tokenizer, model=self._model, eos_token_ids=self._eos_token_ids)
-        except BaseException:  # a cancelled task, too, leaves no connections open
+        except BaseException:  # also if the task is cancelled
             await client.aclose()
             raise
         self._client = client

@@ -1,4 +1,4 @@
-"""What the adapters for TRL share, without TRL: rollouts as samples, token rewards as advantages."""
+"""What the TRL adapters share and what needs no TRL: rollouts as samples, token rewards as advantages."""
 
 from __future__ import annotations
 
@@ -9,24 +9,35 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._bound import BoundClient
+from .._bound_client import BoundClient
 from .._call import Truncate
 from .._errors import InvalidAnswer
+from ._rewards import Method, as_method, centred
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AsyncTokenReward", "Scorer", "TokenReward", "dense_advantages", "prompt_of", "rollouts"]
+__all__ = [
+    "AsyncTokenReward",
+    "Row",
+    "Scorer",
+    "TokenReward",
+    "dense_advantages",
+    "padded",
+    "prompt_of",
+    "rollouts",
+    "unpadded",
+]
 
-Method = str | Mapping[str, Any]
 Row = NDArray[np.float32]
+"""The token rewards of one response, float32[T]."""
 
 
 class Scorer:
-    """A bound server, asked for the rewards of responses and of their tokens by one method.
+    """A bound client that scores batches of responses with one method.
 
     Args:
-        bound: From `client.bind(tokenizer)`, with the policy's tokenizer and all that ends its responses.
+        bound: From `client.bind(tokenizer)`, with the policy's tokenizer and every EOS of its responses.
         method: How tokens are rewarded: a name, or a mapping with parameters.
         truncate: "prompt_left" shortens prompts that are too long; by default they are refused.
     """
@@ -34,15 +45,15 @@ class Scorer:
     def __init__(self, bound: BoundClient, method: Method = "red", *, truncate: Truncate | None = None) -> None:
         self.bound = bound
         self.method = method
-        self.key: str = method if isinstance(method, str) else method.get("label") or method["name"]
+        self.key = as_method(method).key
         self._truncate = truncate
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[Row]]:
-        """Each response's reward, and the rewards of its tokens.
+        """The reward of each response, and the rewards of its tokens.
 
         Raises:
             ValueError: A sample cannot be sent.
-            DenseRewardError: One of its kinds; nothing is ever scored as zero instead.
+            DenseRewardError: One of its subclasses; no failure is ever scored as zero.
         """
         data = self.bound.token_rewards(samples, methods=[self.method], truncate=self._truncate).data
         rewards = [item.reward for item in data if item.reward is not None]
@@ -52,7 +63,7 @@ class Scorer:
 
 
 class _RewardFunction:
-    """What both kinds of reward functions are made of."""
+    """The common part of `TokenReward` and `AsyncTokenReward`."""
 
     def __init__(
         self,
@@ -72,7 +83,7 @@ class _RewardFunction:
         completion_ids: Sequence[Sequence[int]],
         response_mask: Sequence[Sequence[int]] | None,
     ) -> list[float]:
-        self.token_rewards = None  # those of an earlier call must not outlive a call that fails
+        self.token_rewards = None  # if this call fails, those of an earlier one must not be used
         samples = [
             {**prompt_of(prompt), "response_token_ids": list(ids)}
             for prompt, ids in zip(prompts, completion_ids, strict=True)
@@ -84,21 +95,21 @@ class _RewardFunction:
 
 
 class TokenReward(_RewardFunction):
-    """A reward function for TRL's `GRPOTrainer` and `RLOOTrainer`: the reward model's number for each completion.
+    """A reward function for TRL's `GRPOTrainer` and `RLOOTrainer`: the reward model's score of each completion.
 
-    Completions are read by their ids, which hold the EOS that their text lacks. The number is the model's own reward,
-    whatever the method; `DenseGRPOTrainer` uses the token rewards as well.
+    Completions are read as ids, since their text lacks the EOS. The score is the model's own reward, whatever the
+    method; `DenseGRPOTrainer` uses the token rewards as well.
 
     Args:
-        bound: From `client.bind(tokenizer, eos_token_ids=...)`: with several EOS in the policy's generation config,
-            all of them; by default its tokenizer's.
-        method: How tokens are rewarded: a name, or a mapping with parameters. Where the model cannot serve "red",
-            "sparse" does for the number alone.
+        bound: From `client.bind(tokenizer, eos_token_ids=...)`, with every EOS of the policy's generation config; by
+            default its tokenizer's only.
+        method: How tokens are rewarded: a name, or a mapping with parameters. If the model cannot serve "red",
+            "sparse" is enough for the score alone.
         truncate: "prompt_left" shortens prompts that are too long; by default they are refused.
-        name: What it is called in TRL's logs; `densereward_METHOD` by default.
+        name: Its name in TRL's logs; by default `densereward_METHOD`.
 
     Attributes:
-        token_rewards: Of the latest call, one array for each completion; None before and after a call that failed.
+        token_rewards: From the latest call, one array per completion; None before the first call or if it failed.
     """
 
     def __call__(
@@ -108,19 +119,19 @@ class TokenReward(_RewardFunction):
         response_mask: Sequence[Sequence[int]] | None = None,
         **_: Any,
     ) -> list[float]:
-        """One finite number for each completion.
+        """One finite score per completion.
 
         Raises:
             ValueError: A prompt or completion cannot be sent.
-            DenseRewardError: One of its kinds, by what went wrong, which ends the training step.
+            DenseRewardError: One of its subclasses, by what went wrong; this ends the training step.
         """
         return self._score(prompts, completion_ids, response_mask)
 
 
 class AsyncTokenReward(_RewardFunction):
-    """`TokenReward` for use beside other asynchronous reward functions, which TRL runs at the same time.
+    """`TokenReward` for use with other asynchronous reward functions, which TRL runs concurrently.
 
-    It asks from a thread of its own, since a client that is bound in one event loop cannot be used in TRL's.
+    It calls the server from a thread, since a client that is bound in one event loop cannot be used in TRL's.
     """
 
     async def __call__(
@@ -135,46 +146,52 @@ class AsyncTokenReward(_RewardFunction):
 
 
 def prompt_of(prompt: Any) -> dict[str, Any]:
-    """A prompt of TRL's data sets, text or dialogue, as a sample has it.
+    """A prompt of TRL's data sets, text or messages, as a field of a sample.
 
     Raises:
-        ValueError: The dialogue ends in the beginning of an answer.
+        ValueError: The messages end with an assistant's, which the policy is to continue.
     """
     if isinstance(prompt, str):
         return {"prompt": prompt}
     if prompt and prompt[-1].get("role") == "assistant":
         raise ValueError(
-            "the prompt ends in an assistant's message, which the policy goes on writing; a reward model's template "
-            "would close it and open another"
+            "the prompt ends with an assistant's message, which the policy goes on writing; a reward model's template "
+            "would close it and begin another"
         )
     return {"messages": prompt}
 
 
 def dense_advantages(advantages: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Advantages of sequences and rewards of tokens as one: A + alpha (r_t - mean r), and 0 where masked.
+    """Token advantages, A + alpha (r_t - mean r), [B, T]; 0 where the mask is.
 
     Args:
-        advantages: [B].
-        rewards: [B, T].
-        mask: [B, T]; 1 for the tokens to learn from, over which the mean goes.
+        advantages: A, the advantages of sequences, [B].
+        rewards: r, the rewards of tokens, [B, T].
+        mask: [B, T]; 1 for the tokens to learn from. The mean is over these.
         alpha: The weight of token rewards. Their part sums to zero in every response.
     """
-    mask = mask.to(rewards.dtype)
-    mean = (rewards * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    return (advantages.unsqueeze(1) + alpha * (rewards - mean)) * mask
+    return (advantages.unsqueeze(1) + alpha * centred(rewards, mask)) * mask.to(rewards.dtype)
+
+
+def padded(rows: Sequence[Row], like: torch.Tensor) -> torch.Tensor:
+    """The rows in a tensor like this one, [B, T], with zeros on their right."""
+    tensor = like.new_zeros(like.shape)
+    for row, rewards in zip(tensor, rows, strict=True):
+        row[: len(rewards)] = row.new_tensor(rewards)
+    return tensor
 
 
 def rollouts(
     rows: Iterable[Sequence[int]], context: int, pad: int, eos: frozenset[int]
 ) -> list[tuple[tuple[int, ...], list[int]]]:
-    """The ids of prompt and response in rows of PPO: the prompt padded on its left, the response on its right.
+    """The ids of prompt and response in each row of PPO: prompts are padded on the left, responses on the right.
 
-    A response ends before the first pad, as TRL reads it; a pad that is the EOS as well is its last token.
+    A response ends before its first pad, as TRL reads it; if the pad is also the EOS, it is the response's last token.
 
     Args:
-        rows: Prompts and responses, each padded to one length.
-        context: The length of the prompts.
-        pad: The token they are padded with.
+        rows: Prompts and responses, each padded to a common length.
+        context: The padded length of the prompts.
+        pad: The padding token.
         eos: What ends a response.
     """
     return [_rollout(list(row[:context]), list(row[context:]), pad, eos) for row in rows]
@@ -190,5 +207,5 @@ def _rollout(
 
 def unpadded(prompt: Sequence[int], pad: int) -> tuple[int, ...]:
     """A prompt without the padding on its left."""
-    start = next((place for place, token in enumerate(prompt) if token != pad), len(prompt))
+    start = next((i for i, token in enumerate(prompt) if token != pad), len(prompt))
     return tuple(prompt[start:])

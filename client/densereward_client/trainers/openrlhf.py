@@ -1,11 +1,11 @@
-"""OpenRLHF 0.11.2: token rewards where its policy's tokens are.
+"""OpenRLHF 0.11.2: a reward for every token of its policy.
 
-`--reward.remote_url` knows one number for each response, and the text alone. So two parts of OpenRLHF are extended.
-`TokenRewardsExecutor`, given by `--train.agent_func_path`, holds the ids when a rollout ends, and leaves the token
-rewards in the rollout, in the layout of its `action_mask`: (B, S - 1), position t for the token t + 1.
-`TokenRewardsExperienceMaker` puts them into returns and advantages; `install` has the trainer use it.
+`--reward.remote_url` gets only the text, and returns one number per response. So two parts of OpenRLHF are extended.
+`TokenRewardsExecutor`, given by `--train.agent_func_path`, has the ids when a rollout ends. It stores the token rewards
+in the rollout, in the layout of `action_mask`: (B, S - 1), position t for token t + 1. `TokenRewardsExperienceMaker`
+puts them into returns and advantages; `install` makes the trainer use it.
 
-With the first and without the second, OpenRLHF stops at its first step: it cannot log the mean of a list.
+With the first but not the second, OpenRLHF stops at its first step: it cannot log the mean of a list.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import numpy as np
 import torch
 from openrlhf.utils.agent import AgentExecutorBase, SingleTurnAgentExecutor
 
-from ._rewards import Rewarder
+from ._rewards import Rewarder, centred
 
 __all__ = ["TOKEN_REWARDS", "Rewarder", "TokenRewardsExecutor", "experience_maker", "install"]
 
 TOKEN_REWARDS = "token_rewards"  # noqa: S105 - a key of `extra_logs`
-_BY_RETURNS = ("gae", "reinforce")
+_FROM_RETURNS = ("gae", "reinforce")  # estimators that compute advantages from the returns of tokens
 
 
 class TokenRewardsExecutor(AgentExecutorBase):
-    """Lets another executor play, and rewards every token of what the policy wrote.
+    """Has another executor generate, and rewards every token that the policy wrote.
 
-    What the environment wrote between the policy's turns gets nothing. A response that was cut by length is scored
-    as such. Where the server fails, so does the rollout, and with it the training step.
+    What the environment wrote between the policy's turns gets no reward. A response that was cut by length is scored as
+    cut. If the server fails, the rollout fails, and with it the training step.
 
     Args:
         rewarder: The server and the method.
-        player: What generates; by default one answer to the prompt. What its environment gives is added to the reward
-            of the response.
+        player: The executor that generates; by default a single turn. A reward of its environment is added to the
+            response's.
     """
 
     def __init__(self, rewarder: Rewarder, player: Any | None = None) -> None:
@@ -43,8 +43,8 @@ class TokenRewardsExecutor(AgentExecutorBase):
     def prompt_of(self, prompt: str, label: Any, prompt_ids: list[int]) -> dict[str, Any]:  # noqa: ARG002
         """The prompt as the reward model reads it: `prompt`, `messages` or `prompt_token_ids` of a sample.
 
-        By default what the policy has read, which is right where both have the same tokens and template. Otherwise
-        override this: `{"messages": label}` with `--data.label_key` naming the dialogue, say.
+        By default the policy's ids, which is right if both have the same tokens and template. Otherwise override it,
+        for example with `{"messages": label}` if `--data.label_key` names the messages.
         """
         return {"prompt_token_ids": prompt_ids}
 
@@ -58,22 +58,22 @@ class TokenRewardsExecutor(AgentExecutorBase):
         llm_engine: Any,
         images: Any = None,
     ) -> dict[str, Any]:
-        """A rollout of the player's, with `reward`, `scores` and `extra_logs[TOKEN_REWARDS]`.
+        """The player's rollout, with `reward`, `scores` and `extra_logs[TOKEN_REWARDS]`.
 
         Raises:
-            ValueError: The policy wrote nothing, or something that cannot be sent.
-            DenseRewardError: One of its kinds, by what went wrong.
+            ValueError: The policy wrote nothing, or the response cannot be sent.
+            DenseRewardError: One of its subclasses, by what went wrong.
         """
         output: dict[str, Any] = await self._player.execute(
             prompt, label, sampling_params, max_length, hf_tokenizer, llm_engine, images
         )
         ids, turns = list(output["observation_tokens"]), output["action_ranges"]
         if not turns:
-            raise ValueError("the policy wrote nothing, as its prompt left no room; there is nothing to reward")
+            raise ValueError("the policy wrote nothing, because its prompt left no room; there is nothing to reward")
         begin, end = turns[0][0], turns[-1][1]
         written = np.zeros(end - begin, dtype=np.int64)
-        for first, stop in turns:
-            written[first - begin : stop - begin] = 1
+        for start, stop in turns:
+            written[start - begin : stop - begin] = 1
         sample = {
             **self.prompt_of(prompt, label, ids[:begin]),
             "response_token_ids": ids[begin:end],
@@ -81,64 +81,68 @@ class TokenRewardsExecutor(AgentExecutorBase):
             "finished": not output["truncated"],
         }
         reward, token_rewards = await self._rewarder.reward(hf_tokenizer, sample)
-        placed = np.zeros(min(len(ids), max_length) - 1, dtype=np.float32)
-        placed[begin - 1 : end - 1] = token_rewards
+        row = np.zeros(min(len(ids), max_length) - 1, dtype=np.float32)
+        row[begin - 1 : end - 1] = token_rewards
         total = float(output["reward"] or 0.0) + reward
-        logs = {**(output["extra_logs"] or {}), TOKEN_REWARDS: placed.tolist()}
+        logs = {**(output["extra_logs"] or {}), TOKEN_REWARDS: row.tolist()}
         return {**output, "reward": total, "scores": total, "extra_logs": logs}
 
 
 def experience_maker(alpha: float = 1.0) -> Any:
-    """OpenRLHF's `RemoteExperienceMaker`, as a class that uses the token rewards of `TokenRewardsExecutor`.
+    """A subclass of OpenRLHF's `RemoteExperienceMaker` that uses the token rewards of `TokenRewardsExecutor`.
 
-    With the estimators `gae` and `reinforce`, token rewards take the place of as much reward on the last token: the
-    return of a response stays what it was, with KL, length penalties and clipping as ever. With a baseline over the
-    group or the batch (`rloo`, `reinforce_baseline`, `group_norm`, `dr_grpo`, `flash_reinforce`), advantages become
+    With the estimators `gae` and `reinforce`, the reward on the last token is distributed over the tokens. The return
+    of a response stays the same, as do KL, length penalties and clipping. With a baseline over the group or the batch
+    (`rloo`, `reinforce_baseline`, `group_norm`, `dr_grpo`, `flash_reinforce`), advantages become
     `A + alpha * (r_t - mean r)`, after OpenRLHF's own normalisation.
 
     Args:
-        alpha: The weight of token rewards in the latter.
+        alpha: The weight of token rewards with such a baseline.
     """
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
     class TokenRewardsExperienceMaker(RemoteExperienceMaker):
         @torch.no_grad()
         def compute_advantages_and_returns(self, experiences: list[Any]) -> list[Any]:
-            taken = [_taken(experience) for experience in experiences]
-            self._moved = {
-                id(each.action_mask): _moved(rewards, each.action_mask)
-                for each, rewards in zip(experiences, taken, strict=True)
+            token_rewards = [_take_token_rewards(experience) for experience in experiences]
+            self._redistribution = {
+                id(each.action_mask): _redistribution(rewards, each.action_mask)
+                for each, rewards in zip(experiences, token_rewards, strict=True)
             }
             made: list[Any] = super().compute_advantages_and_returns(experiences)
-            if self.advantage_estimator not in _BY_RETURNS:
-                for experience, rewards in zip(made, taken, strict=True):
-                    experience.advantages = experience.advantages + alpha * _centred(rewards, experience.action_mask)
+            if self.advantage_estimator not in _FROM_RETURNS:
+                for experience, rewards in zip(made, token_rewards, strict=True):
+                    experience.advantages = experience.advantages + alpha * centred(rewards, experience.action_mask)
             return made
 
         def get_advantages_and_returns(
             self, values: Any, rewards: Any, action_mask: Any, gamma: float, lambd: float
         ) -> Any:
-            dense = rewards + self._moved[id(action_mask)]
+            dense = rewards + self._redistribution[id(action_mask)]
             return super().get_advantages_and_returns(values, dense, action_mask, gamma, lambd)
 
         def get_cumulative_returns(self, rewards: Any, action_mask: Any, gamma: float) -> Any:
-            dense = rewards + self._moved[id(action_mask)] if self.advantage_estimator in _BY_RETURNS else rewards
+            dense = (
+                rewards + self._redistribution[id(action_mask)]
+                if self.advantage_estimator in _FROM_RETURNS
+                else rewards
+            )
             return super().get_cumulative_returns(dense, action_mask, gamma)
 
     return TokenRewardsExperienceMaker
 
 
 def install(alpha: float = 1.0) -> None:
-    """Has OpenRLHF's synchronous trainer use `experience_maker`; call it before `openrlhf.cli.train_ppo_ray` trains.
+    """Makes OpenRLHF's synchronous trainer use `experience_maker`; call it before `openrlhf.cli.train_ppo_ray` runs.
 
-    The trainer is an actor in a process of its own, so it is the actor's class that is replaced.
+    The trainer is an actor in another process, so the actor's class is replaced.
     """
     import ray
     from openrlhf.trainer import ppo_trainer
 
-    plain = ppo_trainer.PPOTrainer.__ray_metadata__.modified_class
+    original = ppo_trainer.PPOTrainer.__ray_metadata__.modified_class
 
-    class PPOTrainer(plain):  # type: ignore[valid-type, misc]
+    class PPOTrainer(original):  # type: ignore[valid-type, misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             self.experience_maker.__class__ = experience_maker(alpha)
@@ -146,30 +150,23 @@ def install(alpha: float = 1.0) -> None:
     ppo_trainer.PPOTrainer = ray.remote(PPOTrainer)
 
 
-def _taken(experience: Any) -> torch.Tensor:
-    """An experience's token rewards, float32 (B, S - 1); taken out, since OpenRLHF would log them."""
+def _take_token_rewards(experience: Any) -> torch.Tensor:
+    """An experience's token rewards, float32 (B, S - 1); removed from it, or OpenRLHF would log them."""
     rewards = experience.info.pop(TOKEN_REWARDS, None)
     if rewards is None:
         raise ValueError("a rollout has no token rewards; generate with TokenRewardsExecutor (--train.agent_func_path)")
     if rewards.shape != experience.action_mask.shape:
         raise ValueError(
-            f"token rewards are {tuple(rewards.shape)}, the action mask is {tuple(experience.action_mask.shape)}"
+            f"token rewards are {tuple(rewards.shape)}, but the action mask is {tuple(experience.action_mask.shape)}"
         )
     if not torch.isfinite(rewards).all():
         raise ValueError("token rewards are not finite")
     return torch.as_tensor(rewards, dtype=torch.float32)
 
 
-def _moved(rewards: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
-    """What turns the reward of a response, on its last token, into token rewards: each row sums to 0."""
+def _redistribution(rewards: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """What to add to a reward on the last token to make it token rewards; each row sums to 0."""
     kept = action_mask.bool()
     dense = torch.where(kept, rewards, 0.0)
     last = kept.size(1) - 1 - kept.long().flip(1).argmax(dim=1, keepdim=True)
     return dense.scatter_add(1, last, -dense.sum(dim=1, keepdim=True))
-
-
-def _centred(rewards: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
-    """`r_t - mean r` over the policy's own tokens, 0 elsewhere."""
-    kept = action_mask.bool()
-    means = torch.where(kept, rewards, 0.0).sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.where(kept, rewards - means, 0.0)

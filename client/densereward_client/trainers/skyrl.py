@@ -1,6 +1,6 @@
-"""SkyRL 0.4.0: token rewards as `GeneratorOutput.rewards`, list[list[float]], which its trainer takes as they are.
+"""SkyRL 0.4.0: token rewards as `GeneratorOutput.rewards`, list[list[float]], which its trainer uses unchanged.
 
-Nothing of SkyRL is imported here: its outputs are plain mappings of lists. Wrap its generator:
+Nothing of SkyRL is imported, since its outputs are plain mappings of lists. Subclass its generator:
 
 ```python
 class Generator(SkyRLGymGenerator):
@@ -9,9 +9,9 @@ class Generator(SkyRLGymGenerator):
         return await with_token_rewards(output, input_batch["prompts"], policy, "red")
 ```
 
-SkyRL's GAE uses each of the rewards; its GRPO adds them up, without a mask, so tokens of the environment hold 0.
-Its metric `pass_at_n` looks at the last token's reward alone, and says nothing here. The server's failure is an
-exception that ends the step.
+SkyRL's GAE uses each reward. Its GRPO sums them without a mask, so the environment's tokens have 0. Its metric
+`pass_at_n` uses the last token's reward alone, so it means nothing here. A failure of the server is an exception that
+ends the step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .._bound import AsyncBoundClient
+from .._bound_client import AsyncBoundClient
 from ..wire import TokenRewardsResponse
 from ._rewards import Method, as_method, rewarded
 
@@ -33,33 +33,33 @@ _Dialogue = Sequence[Mapping[str, Any]]
 async def with_token_rewards(
     output: Mapping[str, Any], prompts: Sequence[_Dialogue], policy: AsyncBoundClient, method: Method = "red"
 ) -> dict[str, Any]:
-    """A generator's output, its rewards those of the server on each of the policy's tokens, one call for all.
+    """A generator's output with token rewards from the server, by one call for the whole output.
 
-    What the environment gave is added where it gave it: a number for a response on its last token.
+    The environment's own rewards are added at their tokens; one number per response is added on the last token.
 
     Args:
         output: SkyRL's `GeneratorOutput`.
-        prompts: `GeneratorInput["prompts"]`, the dialogues that were answered, in the same order.
+        prompts: `GeneratorInput["prompts"]`, the messages, in the same order.
         policy: The server, bound to the policy's tokenizer.
         method: Which token rewards, by name or with parameters.
 
     Raises:
-        ValueError: The output is by steps, or has other lengths than the prompts; or the request is wrong.
-        DenseRewardError: One of its kinds, by what went wrong.
+        ValueError: The output is step-wise, its lists are not as long as the prompts, or the request is wrong.
+        DenseRewardError: One of its subclasses, by what went wrong.
     """
-    asked = as_method(method)
-    answer = await policy.token_rewards(samples_of(output, prompts), methods=[asked])
-    return {**output, "rewards": token_rewards_of(answer, asked.key, output)}
+    request = as_method(method)
+    answer = await policy.token_rewards(samples_of(output, prompts), methods=[request])
+    return {**output, "rewards": token_rewards_of(answer, request.key, output)}
 
 
 def samples_of(output: Mapping[str, Any], prompts: Sequence[_Dialogue]) -> list[dict[str, Any]]:
-    """The samples to ask for: `loss_masks` say what the environment wrote, `stop_reasons` what was cut by length.
+    """The samples to send: `loss_masks` say what the environment wrote, `stop_reasons` what was cut by length.
 
     Raises:
-        ValueError: The output is by steps, or its lists are not as long as the prompts.
+        ValueError: The output is step-wise, or its lists are not as long as the prompts.
     """
     if output.get("is_last_step") is not None:
-        raise ValueError("each step of a trajectory is a row of its own here: turn step_wise_trajectories off")
+        raise ValueError("each step of a trajectory is a separate row here: turn step_wise_trajectories off")
     ids, masks, reasons = output["response_ids"], output["loss_masks"], output.get("stop_reasons")
     if not len(prompts) == len(ids) == len(masks) == len(ids if reasons is None else reasons):
         raise ValueError(f"{len(ids)} responses, {len(masks)} masks and {len(prompts)} prompts do not belong together")
@@ -73,15 +73,15 @@ def samples_of(output: Mapping[str, Any], prompts: Sequence[_Dialogue]) -> list[
 
 
 def token_rewards_of(answer: TokenRewardsResponse, method: str, output: Mapping[str, Any]) -> list[list[float]]:
-    """`GeneratorOutput.rewards`: each row as long as its response, its sum the reward of the server and environment.
+    """`GeneratorOutput.rewards`: each row has its response's length, and sums to the server's and environment's reward.
 
     Args:
-        answer: To `samples_of(output, ...)`.
+        answer: The answer to `samples_of(output, ...)`.
         method: The key of the token rewards in it.
         output: SkyRL's `GeneratorOutput`.
 
     Raises:
-        ValueError: A response was not served, or has no token of the policy's.
+        ValueError: A response was not served, or the policy wrote none of its tokens.
     """
     rows = []
     for item, mask, own in zip(answer.data, output["loss_masks"], output["rewards"], strict=True):

@@ -1,15 +1,15 @@
-"""verl 0.9.1: token rewards from its agent loops, or one reward a response from its reward loop.
+"""verl 0.9.1: token rewards from its agent loops, or one reward per response from its reward loop.
 
-`SingleTurnTokenRewards` and `ToolTokenRewards` are verl's own agent loops that ask for token rewards when a rollout
-ends: they know the ids, the tools' tokens and the dialogue. What they return holds `rm_scores`, one for each token of
-the response, which verl pads and takes for `token_level_scores`. GAE and REINFORCE++ use each of them; GRPO adds them
-up, without a mask, so tokens of tools hold 0.
+`SingleTurnTokenRewards` and `ToolTokenRewards` are verl's own agent loops, which get token rewards when a rollout ends:
+they know the ids, the tools' tokens and the messages. Their output has `rm_scores`, one per token of the response,
+which verl pads and uses as `token_level_scores`. GAE and REINFORCE++ use each score. GRPO sums them without a mask, so
+tokens of tools have 0.
 
-`RewardManager` gives one number, for runs whose agent loops must stay as they are.
+`RewardManager` gives one number per response, for runs whose agent loops must not change.
 
-A server that fails is an exception. verl's trainer logs it and goes on without the prompt, and never trains on a
-reward of zero in its place, unless a reward function is called through verl's own manager `rate_limited`, which
-makes every exception a zero: do not ask a reward server through that one.
+If the server fails, the rollout raises. verl's trainer logs that and goes on without the prompt; it never trains on a
+reward of zero instead. The exception is verl's own manager `rate_limited`, which turns every error of a reward function
+into a zero: do not call a reward server through it.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ class TokenRewardsOutput(AgentLoopOutput):
     token_rewards: list[float]
 
     def as_dict(self) -> dict[str, Any]:
-        """As a mapping of what verl trains on, `rm_scores` among it."""
+        """What verl trains on, with `rm_scores`, float32[T]."""
         output: dict[str, Any] = super().as_dict()
         output["rm_scores"] = torch.tensor(output.pop("token_rewards"), dtype=torch.float32)
         return output
 
 
 class _TokenRewards:
-    """What an agent loop of verl's gets before its own name, to give token rewards.
+    """A mixin that gives token rewards to an agent loop of verl's.
 
-    The arguments stand beside `_target_` in the file that `actor_rollout_ref.rollout.agent.agent_loop_config_path`
-    names.
+    Its arguments are written next to `_target_` in the file that
+    `actor_rollout_ref.rollout.agent.agent_loop_config_path` names.
 
     Args:
         base_url: Where the server listens.
         method: Which token rewards, by name or with parameters.
-        model: One of the server's, its first by default; several answer as an ensemble.
+        model: One of the server's, by default the first; several form an ensemble.
         api_key: The server's, if it has one.
         eos_token_ids: What ends the policy's responses; by default its tokenizer's EOS.
     """
@@ -71,15 +71,15 @@ class _TokenRewards:
         self._rewarder = _rewarder(base_url, method, model, api_key, eos_token_ids)
 
     async def run(self, sampling_params: dict[str, Any], **sample: Any) -> Any:
-        """The agent loop's own output, with a reward on each token.
+        """The agent loop's own output, with a reward for each token.
 
         Raises:
-            ValueError: The response cannot be sent, or the agent loop gave several outputs.
-            DenseRewardError: One of its kinds, by what went wrong.
+            ValueError: The response cannot be sent, or the agent loop returned several outputs.
+            DenseRewardError: One of its subclasses, by what went wrong.
         """
         output = await super().run(sampling_params, **sample)  # type: ignore[misc]
         if not isinstance(output, AgentLoopOutput):
-            raise ValueError("token rewards are for agent loops that give one output for each rollout")
+            raise ValueError("token rewards need an agent loop that returns one output per rollout")
         reward, token_rewards = await self._rewarder.reward(
             self.tokenizer,  # type: ignore[attr-defined]
             {
@@ -88,9 +88,9 @@ class _TokenRewards:
                 "response_mask": list(output.response_mask),
             },
         )
-        given = {name: getattr(output, name) for name in output.model_fields_set}
-        given |= {"reward_score": reward, "token_rewards": token_rewards.tolist()}
-        return TokenRewardsOutput.model_construct(_fields_set=set(given), **given)
+        fields = {name: getattr(output, name) for name in output.model_fields_set}
+        fields |= {"reward_score": reward, "token_rewards": token_rewards.tolist()}
+        return TokenRewardsOutput.model_construct(_fields_set=set(fields), **fields)
 
 
 class SingleTurnTokenRewards(_TokenRewards, SingleTurnAgentLoop):
@@ -98,14 +98,14 @@ class SingleTurnTokenRewards(_TokenRewards, SingleTurnAgentLoop):
 
 
 class ToolTokenRewards(_TokenRewards, ToolAgentLoop):
-    """verl's `tool_agent`, with token rewards; what tools wrote gets none. All turns are read as one response."""
+    """verl's `tool_agent`, with token rewards, 0 for what tools wrote. All turns are scored as one response."""
 
 
 class RewardManager(RewardManagerBase):
-    """One reward for each response: `reward.reward_manager` with `source=importlib` and this file's name.
+    """One reward per response: `reward.reward_manager` with `source=importlib` and this file's name.
 
-    `+reward.reward_kwargs.densereward.base_url=http://HOST:PORT` says where the server listens; `method`, `model`,
-    `api_key` and `eos_token_ids` may stand beside it. verl does not tell a manager which tokens are the tools'.
+    `+reward.reward_kwargs.densereward.base_url=http://HOST:PORT` is the server's address; `method`, `model`, `api_key`
+    and `eos_token_ids` can be set in the same way. verl does not tell a manager which tokens are the tools'.
     """
 
     def __init__(
@@ -113,21 +113,21 @@ class RewardManager(RewardManagerBase):
         config: Any,
         tokenizer: Any,
         compute_score: Any = None,
-        reward_router_address: str | None = None,  # noqa: ARG002 - verl passes them to all managers
+        reward_router_address: str | None = None,  # noqa: ARG002 - verl passes these to every manager
         reward_model_tokenizer: Any = None,  # noqa: ARG002
     ) -> None:
         super().__init__(config, tokenizer, compute_score)
         kwargs = config.reward.get("reward_kwargs") or {}
         if "densereward" not in kwargs:
-            raise ValueError("say where the server listens: +reward.reward_kwargs.densereward.base_url=http://...")
+            raise ValueError("give the server's address: +reward.reward_kwargs.densereward.base_url=http://...")
         self._rewarder = _rewarder(**kwargs["densereward"])
 
     async def run_single(self, data: Any) -> dict[str, Any]:
-        """`reward_score` of the last sequence; `reward_extra_info` holds nothing that verl would have to average.
+        """`reward_score` of the last sequence; `reward_extra_info` is empty, as verl would average its entries.
 
         Raises:
             ValueError: The response cannot be sent.
-            DenseRewardError: One of its kinds, by what went wrong.
+            DenseRewardError: One of its subclasses, by what went wrong.
         """
         item = data[-1:][0]
         sample = {
@@ -139,12 +139,12 @@ class RewardManager(RewardManagerBase):
 
 
 def _response_ids(item: Any) -> list[int]:
-    """The response without its padding, of which the mask tells only where all rows have prompts of one length."""
+    """The response without padding; the mask gives its length only if all prompts are padded to one length."""
     ids = item.batch["responses"]
     count = item.non_tensor_batch.get("response_len")
     if count is None:
         count = item.batch["attention_mask"][-len(ids) :].sum()
-    return [int(each) for each in ids[: int(count)]]
+    return [int(token) for token in ids[: int(count)]]
 
 
 _rewarders: dict[str, Rewarder] = {}
@@ -157,11 +157,11 @@ def _rewarder(
     api_key: str | None = None,
     eos_token_ids: Sequence[int] | None = None,
 ) -> Rewarder:
-    """One for each server and process: verl makes a new agent loop for every rollout."""
+    """One per process and arguments, since verl makes a new agent loop for every rollout."""
     model = model if model is None or isinstance(model, str) else list(model)
-    ends = None if eos_token_ids is None else list(eos_token_ids)
-    asked = as_method(method).model_dump(exclude_none=True)
-    key = json.dumps([base_url, asked, model, api_key, ends])
+    eos = None if eos_token_ids is None else list(eos_token_ids)
+    request = as_method(method).model_dump(exclude_none=True)
+    key = json.dumps([base_url, request, model, api_key, eos])
     if key not in _rewarders:
-        _rewarders[key] = Rewarder(base_url, asked, model=model, eos_token_ids=ends, api_key=api_key)
+        _rewarders[key] = Rewarder(base_url, request, model=model, eos_token_ids=eos, api_key=api_key)
     return _rewarders[key]

@@ -1,4 +1,4 @@
-"""Learning curves as SVG: panels of lines with bands, on linear axes."""
+"""Learning curves as SVG: panels of lines with error bands, on linear axes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COLOURS = ("#222222", "#999999", "#56b4e9", "#0072b2", "#d55e00", "#e69f00", "#
 
 @dataclass(frozen=True)
 class Line:
-    """Points (x, y) in order, and how far up and down the band about each reaches."""
+    """Points (x, y) in order, and half the width of the band at each."""
 
     points: Sequence[tuple[float, float]]
     band: Sequence[float] = ()
@@ -39,11 +39,11 @@ def draw(panels: Sequence[Panel]) -> str:
         "font-family='Helvetica, Arial, sans-serif' font-size='12' fill='#222222'>",
         "<rect width='100%' height='100%' fill='white'/>",
     ]
-    for place, panel in enumerate(panels):
-        parts += [f"<g transform='translate({_WIDTH * place} 0)'>", *_panel(panel, names), "</g>"]
-    for place, name in enumerate(names):
-        y, left = _TOP + 10 + 22 * place, _WIDTH * len(panels) + 6
-        parts.append(f"<path d='M{left} {y}h24' stroke='{_colour(place)}' stroke-width='2.5'/>")
+    for index, panel in enumerate(panels):
+        parts += [f"<g transform='translate({_WIDTH * index} 0)'>", *_panel(panel, names), "</g>"]
+    for index, name in enumerate(names):
+        y, left = _TOP + 10 + 22 * index, _WIDTH * len(panels) + 6
+        parts.append(f"<path d='M{left} {y}h24' stroke='{_colour(index)}' stroke-width='2.5'/>")
         parts.append(_text(left + 32, y + 4, name))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -73,26 +73,26 @@ def _panel(panel: Panel, names: Sequence[str]) -> Iterator[str]:
         if line.band:
             both = [(x, y + b) for (x, y), b in zip(line.points, line.band, strict=True)]
             both += [(x, y - b) for (x, y), b in reversed(list(zip(line.points, line.band, strict=True)))]
-            yield f"<polygon points='{_places(at(x, y) for x, y in both)}' fill='{colour}' fill-opacity='0.10'/>"
-        places = _places(at(x, y) for x, y in line.points)
-        yield f"<polyline points='{places}' stroke='{colour}' stroke-width='2' fill='none'/>"
+            yield f"<polygon points='{_coordinates(at(x, y) for x, y in both)}' fill='{colour}' fill-opacity='0.10'/>"
+        points = _coordinates(at(x, y) for x, y in line.points)
+        yield f"<polyline points='{points}' stroke='{colour}' stroke-width='2' fill='none'/>"
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """About five round values that enclose both."""
+    """About five round values, from at most `low` to at least `high`."""
     rough = max(high - low, 1e-6) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
     first, last = math.floor(low / step), max(math.floor(low / step) + 1, math.ceil(high / step))
-    return [round(step * place, 10) for place in range(first, last + 1)]
+    return [round(step * index, 10) for index in range(first, last + 1)]
 
 
-def _places(points: Iterator[tuple[float, float]]) -> str:
+def _coordinates(points: Iterator[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def _colour(place: int) -> str:
-    return _COLOURS[place % len(_COLOURS)]
+def _colour(index: int) -> str:
+    return _COLOURS[index % len(_COLOURS)]
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12) -> str:

@@ -1,4 +1,4 @@
-"""Rewards over HTTP: a running server, or one that is started for the occasion, and what a trainer makes of it."""
+"""Rewards over HTTP, from a running server or one that is started here."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ from .start import Facts
 __all__ = ["READING", "Judge", "Judged", "serving"]
 
 READING = "every text as finished"
-"""What the judge reads: the closing tokens are scored behind every text, also behind one that was cut by length."""
+"""How the judge reads texts: every text is scored with closing tokens, also one that was cut by length."""
 
-_COUNTED = ("low_attention_mass",)
+_HARMLESS = ("low_attention_mass",)  # warnings that do not change what was read
+_LABEL = "requested"
 _LISTENING = re.compile(r"listening on (http://\S+:\d+)")
 
 
 class Judged(NamedTuple):
-    """What the reward model made of a batch of texts.
+    """The rewards of a batch of texts.
 
     Attributes:
-        rewards: Of each token, [batch, tokens]; 0 outside the texts.
-        scores: R of each text, [batch]: the method's token rewards and its baseline sum to it.
+        rewards: Of each token, [batch, tokens]; 0 after the end of a text.
+        scores: R of each text, [batch], the sum of the method's token rewards and baseline.
         baselines: What the token rewards leave out, [batch].
-        warnings: How often each of those came that leave the reading as it is.
+        warnings: How often each harmless warning was given.
     """
 
     rewards: Tensor
@@ -47,14 +48,14 @@ class Judged(NamedTuple):
 
 
 class Judge:
-    """One method of a running server. Whatever goes wrong there raises here: a made-up reward would be learnt from.
+    """One method of a running server. A failure raises, since the policy would learn from a made-up reward.
 
     Args:
-        client: Of the server.
-        facts: The policy's ids are the reward model's, and what stands before a text there.
-        method: As a request names it. `"less_prompt": True` is ours: the last token's reward loses the score that
-            the prompt had alone, so that `sparse` sums to what `red` sums to.
-        fingerprint: Of the reward model, where it must be this one.
+        client: The server's.
+        facts: Of the start policy; its ids are the reward model's too.
+        method: As in a request. `"less_prompt": True` is an addition of this experiment: the prompt's own score is
+            subtracted from the last token's reward, so that `sparse` sums to what `red` sums to.
+        fingerprint: The reward model's, if a certain one is required.
     """
 
     def __init__(
@@ -62,19 +63,19 @@ class Judge:
     ) -> None:
         self._client, self._facts, self._fingerprint = client, facts, fingerprint
         self._less_prompt = bool(method.get("less_prompt"))
-        self._method = {name: value for name, value in method.items() if name != "less_prompt"} | {"label": "asked"}
+        self._method = {name: value for name, value in method.items() if name != "less_prompt"} | {"label": _LABEL}
 
     def __call__(self, openings: Tensor, responses: Responses) -> Judged:
-        """Token rewards of what the policy wrote, unscaled.
+        """The token rewards of what the policy wrote, unscaled.
 
         Raises:
-            RuntimeError: A number is missing, another model answered, or a warning says that it read another thing.
+            RuntimeError: A number is missing, another model answered, or a warning says that something else was read.
         """
         answer = self._answer(openings, responses)
-        warnings = _counted(answer)
-        rewards, _ = to_padded(answer, "asked", length=responses.ids.shape[1]).to_torch()
+        warnings = _count_warnings(answer)
+        rewards, _ = to_padded(answer, _LABEL, length=responses.ids.shape[1]).to_torch()
         scores = _numbers("reward", (item.reward for item in answer.data))
-        baselines = _numbers("baseline", (item.baseline.get("asked") for item in answer.data))
+        baselines = _numbers("baseline", (item.baseline.get(_LABEL) for item in answer.data))
         if self._less_prompt:
             prompts = _numbers("prompt_score", (item.prompt_score for item in answer.data))
             last = responses.mask.sum(1, keepdim=True).cpu() - 1
@@ -83,7 +84,7 @@ class Judge:
         return Judged(rewards.to(device), scores.to(device), baselines.to(device), warnings)
 
     def fingerprint(self) -> str:
-        """The reward model's, as its answers carry it."""
+        """The reward model's fingerprint, from an answer."""
         sample = self._sample([], [self._facts.end])
         return self._client.token_rewards([sample], methods=[self._method]).fingerprint
 
@@ -97,7 +98,7 @@ class Judge:
         return answer
 
     def _sample(self, opening: Sequence[int], response: Sequence[int]) -> dict[str, Any]:
-        # Scored as cut, a text would have its R read at another place than its closed prefixes.
+        # If a text were scored as cut, R would be read at another position than its closed prefixes.
         return {
             "prompt_token_ids": [*self._facts.judge_prompt, *opening],
             "response_token_ids": list(response),
@@ -105,12 +106,12 @@ class Judge:
         }
 
 
-def _counted(answer: TokenRewardsResponse) -> dict[str, int]:
-    """How often each warning came; only those that leave the reading as it is may come at all."""
+def _count_warnings(answer: TokenRewardsResponse) -> dict[str, int]:
+    """How often each warning was given; raises for any that is not harmless."""
     warnings = [warning for item in answer.data for warning in item.warnings]
     codes = [warning.split(":")[0] for warning in warnings]
-    if other := [warning for warning, code in zip(warnings, codes, strict=True) if code not in _COUNTED]:
-        raise RuntimeError(f"the reward model read another thing than it was asked: {other[0]}")
+    if other := [warning for warning, code in zip(warnings, codes, strict=True) if code not in _HARMLESS]:
+        raise RuntimeError(f"the reward model read another thing than was sent: {other[0]}")
     return dict(Counter(codes))
 
 
@@ -123,7 +124,7 @@ def _numbers(name: str, values: Iterable[float | None]) -> Tensor:
 
 @contextmanager
 def serving(log: Path, *flags: str, seconds: float = 180.0) -> Iterator[str]:
-    """The address of a `densereward serve` with these flags, which ends with the block; it tells the file `log`.
+    """The address of a `densereward serve` with these flags, which runs until the block ends and writes to `log`.
 
     Raises:
         RuntimeError: It did not become ready.
@@ -146,7 +147,7 @@ def serving(log: Path, *flags: str, seconds: float = 180.0) -> Iterator[str]:
 
 
 def _ready_url(log: Path) -> str:
-    """Where it listens, once it is ready to score; empty until then."""
+    """The server's address once it is ready to score; empty until then."""
     found = _LISTENING.search(log.read_text())
     if found is None:
         return ""

@@ -1,4 +1,4 @@
-"""The policy, its reference and its critic: three short stacks of layers on one frozen stack that they share."""
+"""The policy, its reference and its critic: three short stacks of layers on a frozen stack that they share."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Policy", "Responses"]
 
 
 class Responses(NamedTuple):
-    """What the policy wrote after its openings, all [batch, tokens]; what follows a text's end is not part of it.
+    """What the policy wrote after its openings, all [batch, tokens]; tokens after a text's end are masked.
 
     Attributes:
         ids: In the tokenizer's ids.
-        choices: The same as places in the policy's own, shorter list of ids.
-        mask: True for the tokens of the text, the one that ends it included.
+        choices: The same tokens, as indices in the policy's own, shorter list of ids.
+        mask: True for the tokens of the text, with the one that ends it.
     """
 
     ids: Tensor
@@ -31,9 +31,9 @@ class Responses(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A small language model of which only the upper layers learn, beside the same layers as they were at the start.
+    """A small language model whose upper layers learn, and a copy of these layers as they were at the start.
 
-    Products are computed in `precision`, with weights and sums in float32 where something is learnt.
+    Matrix products are computed in `precision`; weights that learn are float32.
     """
 
     kept: Tensor
@@ -64,14 +64,15 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def sample(self, openings: Tensor, tokens: int, generator: torch.Generator) -> Responses:
-        """Continue each opening until its end or for so many tokens, at temperature 1."""
+        """Continue each opening to its end or for `tokens` tokens, at temperature 1."""
         self._writer.load_state_dict(self.upper.state_dict())
-        caches, ids, choices = (DynamicCache(), DynamicCache()), self._begun(openings), []
+        caches, ids, choices = (DynamicCache(), DynamicCache()), self._with_begin(openings), []
         for _ in range(tokens):
-            hidden = self.lower(inputs_embeds=self.embedding(ids), past_key_values=caches[0]).last_hidden_state
-            hidden = self._writer(inputs_embeds=hidden, past_key_values=caches[1]).last_hidden_state
+            # The cache is given by position, since its name depends on the version of transformers.
+            hidden = self.lower(None, None, None, caches[0], inputs_embeds=self.embedding(ids)).last_hidden_state
+            hidden = self._writer(None, None, None, caches[1], inputs_embeds=hidden).last_hidden_state
             logits = functional.linear(hidden[:, -1].to(self.precision), self.head).float()
-            # Drawn on the CPU, so that a seed means the same on every device.
+            # Drawn on the CPU, so that a seed gives the same numbers on every device.
             drawn = torch.rand(len(ids), 1, generator=generator).to(ids.device)
             choice = torch.searchsorted(logits.softmax(-1).cumsum(-1), drawn).clamp(max=len(self.kept) - 1)
             choices.append(choice)
@@ -82,25 +83,25 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def read(self, openings: Tensor, responses: Responses) -> Tensor:
-        """What the shared layers make of every token but the last: it never changes, so it is computed once."""
-        ids = torch.cat([self._begun(openings), responses.ids[:, :-1]], dim=1)
+        """The shared layers' hidden states, for all tokens but the last; they never change, so compute them once."""
+        ids = torch.cat([self._with_begin(openings), responses.ids[:, :-1]], dim=1)
         hidden: Tensor = self.lower(inputs_embeds=self.embedding(ids), use_cache=False).last_hidden_state
         return hidden
 
     def logits(self, stack: LlamaModel, hidden: Tensor, tokens: int) -> Tensor:
-        """What each token was chosen by, under the policy or its reference, [batch, tokens, kept ids]."""
+        """The logits that each token is drawn from, by the policy or its reference, [batch, tokens, kept ids]."""
         with self._autocast():
             states = self._states(stack, hidden, tokens)
             return functional.linear(states.to(self.precision), self.head).float()
 
     def values(self, hidden: Tensor, tokens: int) -> Tensor:
-        """What the critic expects to come, before each token is chosen, [batch, tokens]."""
+        """The critic's estimate of the return before each token, [batch, tokens]."""
         with self._autocast():
             states = self._states(self.critic, hidden, tokens)
         values: Tensor = self.value_head(states.float())[..., 0]
         return values
 
-    def _begun(self, openings: Tensor) -> Tensor:
+    def _with_begin(self, openings: Tensor) -> Tensor:
         return functional.pad(openings, (1, 0), value=self.facts.begin)
 
     def _autocast(self) -> torch.autocast:
@@ -113,7 +114,7 @@ class Policy(nn.Module):
 
 
 def _part(decoder: LlamaModel, layers: Sequence[nn.Module], norm: nn.Module) -> LlamaModel:
-    """Some layers as a decoder of their own, which takes and gives hidden states; copies, not views."""
+    """A decoder of copies of these layers, from hidden states to hidden states."""
     config = copy.deepcopy(decoder.config)
     config.num_hidden_layers = len(layers)
     with torch.device("meta"):
@@ -122,6 +123,6 @@ def _part(decoder: LlamaModel, layers: Sequence[nn.Module], norm: nn.Module) -> 
     part.add_module("embed_tokens", nn.Identity())
     part.add_module("norm", copy.deepcopy(norm))
     part.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers)
-    for place, layer in enumerate(part.layers):
-        layer.get_submodule("self_attn").layer_idx = place  # type: ignore[assignment]  # where the cache keeps its keys
+    for index, layer in enumerate(part.layers):
+        layer.get_submodule("self_attn").layer_idx = index  # type: ignore[assignment]  # its place in the cache
     return part

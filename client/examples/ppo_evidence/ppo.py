@@ -1,8 +1,8 @@
-"""Proximal policy optimisation with a reward for each token; the loop, and nothing besides.
+"""Proximal policy optimisation with a reward for each token: the training loop.
 
-A step: the policy continues a batch of openings; the judge gives each token its reward, less a penalty for leaving the
-reference; generalised advantage estimation with gamma 1; clipped updates of the policy, squared-error updates of the
-critic. What differs between two methods is the judge alone.
+In each step, the policy continues a batch of openings. The judge rewards each token, and a KL penalty to the reference
+is subtracted. Advantages are estimated by GAE with gamma 1. The policy gets clipped updates, the critic squared-error
+updates. Methods differ in the judge alone.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Judging = Callable[[Tensor, Responses], Judged]
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyperparameters; the chosen ones stand in plan.toml.
+    """Hyperparameters; plan.toml has the chosen ones.
 
     Attributes:
-        tokens: At most so many are written after an opening.
-        warm_up: Batches of the start policy that the critic is fitted to before the policy moves.
-        warm_up_epochs: How often it sees them.
-        scale: Times the standardised rewards.
-        whiten: Advantages less their mean and over their deviation, in each batch.
+        tokens: The most that are written after an opening.
+        warm_up: Batches of the start policy that the critic is fitted to before the policy learns.
+        warm_up_epochs: How often the critic is fitted to each of them.
+        scale: A factor on the standardised rewards.
+        whiten: Whether each batch's advantages are standardised.
     """
 
     tokens: int = 20
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and deviation of the start policy's scores, by which every method's rewards are scaled alike."""
+    """Mean and standard deviation of the start policy's scores, which standardise the rewards of every method."""
 
     mean: float
     deviation: float
@@ -62,15 +62,15 @@ class Moments:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the policy wrote and what is needed to learn from it; [batch, tokens] where nothing else is said."""
+    """What the policy wrote and what is needed to learn from it; [batch, tokens] unless noted."""
 
     openings: Tensor  # [batch, tokens of an opening]
     responses: Responses
     hidden: Tensor  # of the shared layers, [batch, opening + tokens, width]
     old: Tensor  # log-probabilities under the policy that wrote
-    away: Tensor  # those less the reference's
+    log_ratio: Tensor  # those minus the reference's
     entropy: Tensor
-    rewards: Tensor  # the judge's, standardised, less the penalty
+    rewards: Tensor  # the judge's, standardised, minus the KL penalty
     values: Tensor
     judged: Judged
 
@@ -81,10 +81,10 @@ class Batch:
 
 
 def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates with gamma 1, [batch, tokens]; nothing comes after a text's end."""
+    """Generalised advantage estimates with gamma 1, [batch, tokens]; the value after a text's end is 0."""
     rewards, values = rewards * mask, values * mask
-    following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
-    errors, running = rewards + following - values, torch.zeros_like(rewards[:, 0])
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    errors, running = rewards + next_values - values, torch.zeros_like(rewards[:, 0])
     estimates = torch.zeros_like(rewards)
     for token in reversed(range(rewards.shape[1])):
         running = errors[:, token] + gae_lambda * running
@@ -95,7 +95,7 @@ def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gae_lambda: float)
 def train(
     policy: Policy, judge: Judging, moments: Moments, settings: Settings, *, steps: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Train `policy` in place and yield what happened in each step.
+    """Train `policy` in place and yield one record per step.
 
     The same seed gives every method the same openings and the same warm-up texts.
     """
@@ -117,25 +117,25 @@ def train(
             optimizer, policy.upper.parameters(), -_mean(torch.min(ratio * gain, clipped * gain), batch.mask[rows])
         )
 
-    def in_parts(batch: Batch) -> tuple[Tensor, ...]:
+    def minibatches(batch: Batch) -> tuple[Tensor, ...]:
         return torch.randperm(len(batch.mask), generator=generator).to(batch.mask.device).chunk(settings.minibatches)
 
-    first = [collect(policy, judge, moments, settings, generator) for _ in range(settings.warm_up)]
+    warm_up = [collect(policy, judge, moments, settings, generator) for _ in range(settings.warm_up)]
     for _ in range(settings.warm_up_epochs):
-        for batch in first:
-            for rows in in_parts(batch):
+        for batch in warm_up:
+            for rows in minibatches(batch):
                 fit_critic(batch, rows, _returns(batch))
     for step in range(steps):
-        begun = time.monotonic()
+        started = time.monotonic()
         batch = collect(policy, judge, moments, settings, generator)
         estimates = advantages(batch.rewards, batch.values, batch.mask, settings.gae_lambda)
         targets = estimates + batch.values
         gain = _whitened(estimates, batch.mask) if settings.whiten else estimates
         for _ in range(settings.epochs):
-            for rows in in_parts(batch):
+            for rows in minibatches(batch):
                 fit_critic(batch, rows, targets)
                 fit_policy(batch, rows, gain)
-        yield {"step": step, **_record(batch, policy.facts.end), "seconds": round(time.monotonic() - begun, 3)}
+        yield {"step": step, **_record(batch, policy.facts.end), "seconds": round(time.monotonic() - started, 3)}
 
 
 @torch.no_grad()
@@ -149,13 +149,13 @@ def collect(policy: Policy, judge: Judging, moments: Moments, settings: Settings
     logits = policy.logits(policy.upper, hidden, settings.tokens)
     old = _log_probabilities(logits, responses.choices)
     reference = _log_probabilities(policy.logits(policy.reference, hidden, settings.tokens), responses.choices)
-    away = (old - reference) * responses.mask
-    # The mean goes where every text has exactly one token, so that no method is paid for length.
+    log_ratio = (old - reference) * responses.mask
+    # The mean is subtracted at one token of each text, so that no method rewards length.
     last = responses.mask.sum(1, keepdim=True) - 1
     rewards = judged.rewards.scatter_add(1, last, torch.full_like(judged.rewards[:, :1], -moments.mean))
-    rewards = settings.scale * rewards / moments.deviation - settings.kl * away
+    rewards = settings.scale * rewards / moments.deviation - settings.kl * log_ratio
     values = policy.values(hidden, settings.tokens)
-    return Batch(openings, responses, hidden, old, away, _entropy(logits), rewards, values, judged)
+    return Batch(openings, responses, hidden, old, log_ratio, _entropy(logits), rewards, values, judged)
 
 
 def _descend(optimizer: torch.optim.Optimizer, weights: Any, loss: Tensor) -> None:
@@ -170,8 +170,8 @@ def _log_probabilities(logits: Tensor, choices: Tensor) -> Tensor:
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    logarithms = logits.log_softmax(-1)
-    return -(logarithms.exp() * logarithms).sum(-1)
+    log_probabilities = logits.log_softmax(-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(-1)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -179,12 +179,12 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _whitened(values: Tensor, mask: Tensor) -> Tensor:
-    inside = values[mask]
-    return (values - inside.mean()) / (inside.std() + 1e-6) * mask
+    unmasked = values[mask]
+    return (values - unmasked.mean()) / (unmasked.std() + 1e-6) * mask
 
 
 def _returns(batch: Batch) -> Tensor:
-    """What really came, from each token on."""
+    """The sum of the rewards from each token on."""
     return (batch.rewards * batch.mask).flip(1).cumsum(1).flip(1)
 
 
@@ -196,13 +196,13 @@ def _record(batch: Batch, end: int) -> dict[str, Any]:
     scores, sums = judged.scores - judged.scores.mean(), judged.rewards.sum(1)
     return {
         "reward": round(float(judged.scores.mean()), 4),
-        "kl": round(float(batch.away.sum(1).mean()), 4),
+        "kl": round(float(batch.log_ratio.sum(1).mean()), 4),
         "entropy": round(float(_mean(batch.entropy, mask)), 4),
         "length": round(float(mask.sum(1).float().mean()), 2),
         "finished": round(sum(ids[-1] == end for ids in rows) / len(rows), 4),
         "explained": round(float(explained), 4),
         "baseline": round(float(judged.baselines.mean()), 4),
-        # How much of R the token rewards pay: the slope of their sums on it.
+        # How much of R the token rewards pay: the slope of their sums on R.
         "paid": round(float((scores * sums).sum() / (scores**2).sum().clamp(min=1e-9)), 4),
         "distinct": round(len(set(pairs)) / max(1, len(pairs)), 4),
         "warnings": judged.warnings,

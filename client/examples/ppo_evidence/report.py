@@ -1,152 +1,26 @@
-"""From the logs to `evidence.md` and its plot; works on whatever is there and says how much that is."""
+"""Writes `evidence.md` and its plot from the logs of the runs that are finished, and says how many those are."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .curves import Line, Panel, draw
-from .run import Plan, Run, read_log, refuse_other
+from .intervals import half_width, interval, sign_test
+from .logs import ByMethod, Log, read_logs
+from .plan import Plan, is_tuning
 
-__all__ = ["Log", "interval", "read_logs", "sign_test", "student", "write_report"]
+__all__ = ["write_report"]
 
-Numbers = NDArray[np.float64]
 _FINDINGS = Path(__file__).parent / "FINDINGS.md"
-_WINDOW, _EQUAL_KL, _CONTROL, _SHARE = 10, (2.0, 5.0, 10.0), "sparse", 0.9
-_NO_COLUMNS, _OF_A_STUDY = ("ids", "warnings"), ("steps", "settings")
-
-
-@dataclass(frozen=True)
-class Log:
-    """One finished run: its header, a column a quantity, and how often the judge warned."""
-
-    head: Mapping[str, Any]
-    columns: Mapping[str, Numbers]
-    warnings: Mapping[str, int]
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """The run's hyperparameters."""
-        settings: Mapping[str, Any] = self.head["settings"]
-        return settings
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What else decided its numbers, and is the same for all runs that may be compared."""
-        of_run = {field.name for field in fields(Run)}
-        return {name: value for name, value in self.head.items() if name not in of_run}
-
-    def smooth(self, name: str) -> Numbers:
-        """Means over ten steps that end at each step; fewer at the beginning."""
-        sums = np.concatenate([[0.0], np.cumsum(self.columns[name])])
-        ends = np.arange(1, len(sums))
-        starts = np.maximum(0, ends - _WINDOW)
-        smoothed: Numbers = (sums[ends] - sums[starts]) / (ends - starts)
-        return smoothed
-
-    def mean(self, name: str = "reward", steps: int | None = None) -> float:
-        """Over the whole training, or its first steps."""
-        return float(np.mean(self.columns[name][:steps]))
-
-    def first(self, name: str) -> float:
-        """Over the first ten steps."""
-        return float(np.mean(self.columns[name][:_WINDOW]))
-
-    def last(self, name: str = "reward", steps: int | None = None) -> float:
-        """Over the last ten steps, of the whole training or of its first steps."""
-        return float(np.mean(self.columns[name][:steps][-_WINDOW:]))
-
-    def reward_at(self, kl: float) -> float | None:
-        """The smoothed reward when the smoothed KL first reaches this; None where it never does."""
-        passed = np.flatnonzero(self.smooth("kl") >= kl)
-        return float(self.smooth("reward")[passed[0]]) if len(passed) else None
-
-    def reaches(self, reward: float) -> float | None:
-        """How many steps it takes until the smoothed reward is this; None where it never is."""
-        passed = np.flatnonzero(self.smooth("reward") >= reward)
-        return float(passed[0] + 1) if len(passed) else None
-
-
-ByMethod = dict[str, dict[int, Log]]
-
-
-def read_logs(folder: Path) -> dict[str, ByMethod]:
-    """Finished runs: study, method, seed; studies and methods in the plan's order.
-
-    Raises:
-        ValueError: Some were made with another plan, reward model or start than the others. Only the tuning may have
-            been, as it is compared with nothing; the report says so.
-    """
-    logs: dict[str, ByMethod] = defaultdict(lambda: defaultdict(dict))
-    same: dict[tuple[str, ...], dict[str, Any]] = {}
-    for path in sorted(folder.glob("*/*.jsonl.gz")):
-        head, *steps = read_log(path)
-        columns = {
-            name: np.array([step[name] for step in steps], dtype=float) for name in steps[0] if name not in _NO_COLUMNS
-        }
-        warnings: Counter[str] = Counter()
-        for step in steps:
-            warnings.update(step.get("warnings", {}))
-        log, kind = Log(head, columns, warnings), "tune" if _is_tuning(head["study"]) else "studies"
-        identity = same.setdefault((kind,), log.identity)
-        refuse_other(path, head, dict.fromkeys(log.identity) | identity)  # what the first does not say differs too
-        refuse_other(path, head, same.setdefault((kind, head["study"]), {key: head[key] for key in _OF_A_STUDY}))
-        refuse_other(path, head, same.setdefault((kind, "", head["method"]), {"request": head["request"]}))
-        logs[head["study"]][head["method"]][head["seed"]] = log
-    plan = Plan()
-    return {
-        study: {method: logs[study][method] for method in plan.methods if method in logs[study]}
-        for study in sorted(logs, key=[*plan.studies, *logs].index)
-    }
-
-
-def _is_tuning(study: str) -> bool:
-    return study.startswith("tune")
-
-
-def student(degrees: int) -> float:
-    """Student's t that holds 95 %, two-sided; to .2 % (Abramowitz and Stegun 26.7.5 from three degrees on)."""
-    if degrees < 3:
-        return (12.706, 4.303)[degrees - 1]
-    x = 1.959964
-    terms = (
-        x,
-        (x**3 + x) / 4,
-        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
-        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
-        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
-    )
-    return sum(term / math.pow(degrees, power) for power, term in enumerate(terms))
-
-
-def interval(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and 95 % interval by Student's t, where there are enough values to tell, and how many there are."""
-    count = len(values)
-    mean = f"{np.mean(values):+.{digits}f} " if count else ""
-    error = f"± {_half_width(np.array(values)[:, None])[0]:.{digits}f} " if count > 1 else ""
-    return f"{mean}{error}({count})"
-
-
-def _half_width(rows: Numbers) -> Numbers:
-    """Of the 95 % interval of the mean over rows; 0 of a single one."""
-    count = len(rows)
-    half: Numbers = np.zeros(rows.shape[1])
-    return half if count < 2 else student(count - 1) * rows.std(0, ddof=1) / math.sqrt(count)
-
-
-def sign_test(differences: Sequence[float]) -> float:
-    """Two-sided probability of so uneven a split of signs if both were equally likely."""
-    count, wins = len(differences), sum(difference > 0 for difference in differences)
-    tail = sum(math.comb(count, k) for k in range(max(wins, count - wins), count + 1)) * 0.5**count
-    return min(1.0, 2 * tail)
+_CONTROL = "sparse"
+_EQUAL_KL = (2.0, 5.0, 10.0)  # nats per response
+_SHARE = 0.9  # of the control's gain
 
 
 def write_report(logs: Path, output: Path) -> None:
@@ -160,13 +34,14 @@ def write_report(logs: Path, output: Path) -> None:
     else:
         parts.append("No run of the main study is finished.\n")
     plan = Plan()
-    others = [name for name in studies if name != "main" and not _is_tuning(name)]
-    for name in others:
-        beside = plan.studies.get(name, {}).get("beside")
-        parts += (
-            _beside(name, studies[name], main or {}, beside) if beside else _variant(name, studies[name], main or {})
-        )
-    parts += _tuning({name: study for name, study in studies.items() if _is_tuning(name)}, main or {})
+    for name, study in studies.items():
+        if name == "main" or is_tuning(name):
+            continue
+        if beside := plan.studies.get(name, {}).get("beside"):
+            parts += _other_method(name, study, main or {}, beside)
+        else:
+            parts += _other_settings(name, study, main or {})
+    parts += _tuning({name: study for name, study in studies.items() if is_tuning(name)}, main or {})
     output.mkdir(parents=True, exist_ok=True)
     (output / "evidence.md").write_text("\n".join(parts).rstrip() + "\n")
 
@@ -177,7 +52,7 @@ def _panels(study: ByMethod) -> list[Panel]:
         rewards = np.stack([log.smooth("reward") for log in by_seed.values()])
         kl = np.stack([log.smooth("kl") for log in by_seed.values()]).mean(0)
         mean, name = rewards.mean(0), f"{method} ({len(rewards)})"
-        over_steps[name] = Line(list(enumerate(mean.tolist())), _half_width(rewards).tolist())
+        over_steps[name] = Line(list(enumerate(mean.tolist())), half_width(rewards).tolist())
         over_kl[name] = Line(list(zip(kl.tolist(), mean.tolist(), strict=True)))
     return [
         Panel("Reward, mean of the seeds and its 95 % interval", "step", over_steps),
@@ -212,7 +87,8 @@ def _main(study: ByMethod) -> Iterator[str]:
     for control in (_CONTROL, "uniform"):
         yield f"Differences to `{control}`, seed by seed:\n"
         yield from _table(
-            ["method", "mean over training", "better in", "sign test", "last 10 steps"], _paired(study, study, control)
+            ["method", "mean over training", "better in", "sign test", "last 10 steps"],
+            _differences(study, study, control),
         )
     if sparse:
         yield from _steps_taken(study, sparse)
@@ -227,7 +103,7 @@ def _main(study: ByMethod) -> Iterator[str]:
     )
     yield from _table(
         ["method", "seeds", "tokens", "less sparse's", "finished texts", "less sparse's", "paid", "warnings"],
-        (_besides(method, by_seed, sparse) for method, by_seed in study.items()),
+        (_other_changes(method, by_seed, sparse) for method, by_seed in study.items()),
     )
     yield "Paid: slope of the sums of the token rewards on R, mean over training; the rest is the baseline's.\n"
 
@@ -240,23 +116,27 @@ def _steps_taken(study: ByMethod, sparse: Mapping[int, Log]) -> Iterator[str]:
         f"Steps until the reward, mean of ten steps, is {level:.2f}: {_SHARE:.0%} of the way from the start policy's "
         f"to that of `sparse` in its last ten steps ({len(sparse)} seeds). Only seeds that come there are counted:\n"
     )
-    rows = []
+    control, rows = _reached(sparse, level), []
     for method, by_seed in study.items():
-        taken = {seed: steps for seed, log in by_seed.items() if (steps := log.reaches(level)) is not None}
-        theirs = {seed: steps for seed, log in sparse.items() if (steps := log.reaches(level)) is not None}
-        less = [taken[seed] - theirs[seed] for seed in taken.keys() & theirs.keys()]
+        own = _reached(by_seed, level)
+        differences = [own[seed] - control[seed] for seed in own.keys() & control.keys()]
         rows.append(
             [
                 method,
-                f"{len(taken)} of {len(by_seed)}",
-                interval(list(taken.values()), 1),
-                "" if method == _CONTROL else interval(less, 1),
+                f"{len(own)} of {len(by_seed)}",
+                interval(list(own.values()), 1),
+                "" if method == _CONTROL else interval(differences, 1),
             ]
         )
     yield from _table(["method", "come there", "steps", "less sparse's, where both do"], rows)
 
 
-def _besides(method: str, by_seed: Mapping[int, Log], sparse: Mapping[int, Log]) -> list[str]:
+def _reached(by_seed: Mapping[int, Log], level: float) -> dict[int, float]:
+    """Steps until the reward is at `level`, of the seeds that reach it."""
+    return {seed: steps for seed, log in by_seed.items() if (steps := log.reaches(level)) is not None}
+
+
+def _other_changes(method: str, by_seed: Mapping[int, Log], sparse: Mapping[int, Log]) -> list[str]:
     logs = list(by_seed.values())
     pairs = [(by_seed[seed], sparse[seed]) for seed in by_seed.keys() & sparse.keys()]
     warnings = sum((Counter(log.warnings) for log in logs), Counter())
@@ -270,21 +150,21 @@ def _besides(method: str, by_seed: Mapping[int, Log], sparse: Mapping[int, Log])
     return [*cells, _average([log.mean("paid") for log in logs]), counts or "none"]
 
 
-def _paired(study: ByMethod, controls: ByMethod, control: str) -> Iterator[list[str]]:
-    """Methods less a control, over the seeds and the steps that both have."""
+def _differences(study: ByMethod, controls: ByMethod, control: str) -> Iterator[list[str]]:
+    """One row per method: its difference to a control, over the seeds and steps that both have."""
     for method, by_seed in study.items():
         seeds = sorted(by_seed.keys() & controls.get(control, {}).keys())
         if method == control or not seeds:
             continue
         pairs = [(by_seed[seed], controls[control][seed]) for seed in seeds]
         steps = min(len(log.columns["step"]) for pair in pairs for log in pair)
-        whole = [log.mean(steps=steps) - other.mean(steps=steps) for log, other in pairs]
+        means = [log.mean(steps=steps) - other.mean(steps=steps) for log, other in pairs]
         last = [log.last(steps=steps) - other.last(steps=steps) for log, other in pairs]
-        wins = sum(difference > 0 for difference in whole)
-        yield [method, interval(whole), f"{wins} of {len(seeds)}", f"{sign_test(whole):.3f}", interval(last)]
+        wins = sum(difference > 0 for difference in means)
+        yield [method, interval(means), f"{wins} of {len(seeds)}", f"{sign_test(means):.3f}", interval(last)]
 
 
-def _beside(name: str, study: ByMethod, main: ByMethod, others: Sequence[str]) -> Iterator[str]:
+def _other_method(name: str, study: ByMethod, main: ByMethod, others: Sequence[str]) -> Iterator[str]:
     """A study of another method, compared with methods of the main study over the same steps and seeds."""
     steps = max(len(log.columns["step"]) for by_seed in study.values() for log in by_seed.values())
     changed = _changes(study, main)
@@ -305,12 +185,13 @@ def _beside(name: str, study: ByMethod, main: ByMethod, others: Sequence[str]) -
     for other in others:
         yield f"Differences to `{other}` of the main study, seed by seed:\n"
         yield from _table(
-            ["method", "mean over training", "better in", "sign test", "last 10 steps"], _paired(study, main, other)
+            ["method", "mean over training", "better in", "sign test", "last 10 steps"],
+            _differences(study, main, other),
         )
 
 
-def _variant(name: str, study: ByMethod, main: ByMethod) -> Iterator[str]:
-    """A study of one change, compared with the same methods of the main study over the same steps and seeds."""
+def _other_settings(name: str, study: ByMethod, main: ByMethod) -> Iterator[str]:
+    """A study with one setting changed, compared with the main study's methods over the same steps and seeds."""
     yield f"## {name}\n\nChanged: {_changes(study, main)}.\n"
     sparse, sparse_before, rows = study.get(_CONTROL, {}), main.get(_CONTROL, {}), []
     for method, by_seed in study.items():
@@ -358,19 +239,19 @@ def _tuning(studies: Mapping[str, ByMethod], main: ByMethod) -> Iterator[str]:
     if not studies:
         return
     yield "## Tuning, on sparse alone\n"
-    then, now = (_any(next(iter(studies.values()))).identity, _any(main).identity if main else {})
-    if other := [name for name, value in now.items() if then.get(name) != value]:
+    tuning, compared = _any(next(iter(studies.values()))).identity, _any(main).identity if main else {}
+    if other := [name for name, value in compared.items() if tuning.get(name) != value]:
         yield f"Not of the studies above, or not recorded: its {', '.join(other)}.\n"
     rows = []
     for study in studies.values():
         for method, by_seed in study.items():
             logs = list(by_seed.values())
             tuned = {name: logs[0].settings[name] for name in ("learning_rate", "kl", "critic_rate", "epochs")}
-            said = ", ".join(f"{name} {value:g}" for name, value in tuned.items())
+            settings = ", ".join(f"{name} {value:g}" for name, value in tuned.items())
             kl = f"{np.mean([log.last('kl') for log in logs]):.1f}"
             distinct = f"{np.mean([log.last('distinct') for log in logs]):.3f}"
-            mean, last = (interval(values) for values in ([g.mean() for g in logs], [g.last() for g in logs]))
-            rows.append([method, said, str(len(logs[0].columns["step"])), str(len(logs)), mean, last, kl, distinct])
+            mean, last = (interval(values) for values in ([log.mean() for log in logs], [log.last() for log in logs]))
+            rows.append([method, settings, str(len(logs[0].columns["step"])), str(len(logs)), mean, last, kl, distinct])
     head = ["method", "settings", "steps", "seeds", "mean over training", "last 10 steps", "KL", "distinct"]
     yield from _table(head, rows)
 
@@ -379,8 +260,8 @@ def _at_kl(method: str, by_seed: Mapping[int, Log], sparse: Mapping[int, Log], k
     own = {seed: reward for seed, log in by_seed.items() if (reward := log.reward_at(kl)) is not None}
     if method == _CONTROL:
         return interval(list(own.values()))
-    theirs = {seed: reward for seed, log in sparse.items() if (reward := log.reward_at(kl)) is not None}
-    return interval([own[seed] - theirs[seed] for seed in sorted(own.keys() & theirs.keys())])
+    control = {seed: reward for seed, log in sparse.items() if (reward := log.reward_at(kl)) is not None}
+    return interval([own[seed] - control[seed] for seed in sorted(own.keys() & control.keys())])
 
 
 def _average(values: Sequence[float]) -> str:

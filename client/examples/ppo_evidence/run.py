@@ -1,6 +1,6 @@
-"""Runs of the plan, as PLAN.md tells: `python -m examples.ppo_evidence.run tune|runs|report|samples`.
+"""Runs the plan of PLAN.md: `python -m examples.ppo_evidence.run tune|runs|report|samples`.
 
-One compact log a run, in a folder outside the repository; what is finished is not run again.
+Each run writes one compressed log, in a folder outside the repository. Finished runs are not run again.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import gzip
 import json
 import os
 import time
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,64 +25,20 @@ from densereward_client import Client
 
 from . import start
 from .judge import READING, Judge, serving
+from .logs import log_path, read_log, refuse_other
+from .plan import Plan, Run, is_tuning
 from .policy import Policy
 from .ppo import Moments, Settings, collect, train
+from .report import write_report
 
-__all__ = [
-    "Place",
-    "Plan",
-    "Run",
-    "execute",
-    "is_finished",
-    "log_path",
-    "make_policy",
-    "measure",
-    "moments_of",
-    "read_log",
-    "refuse_other",
-    "run_all",
-]
+__all__ = ["Setup", "execute", "is_finished", "make_policy", "measure", "moments_of", "run_all"]
 
-PLAN = Path(__file__).parent / "plan.toml"
 SPARSE = {"name": "sparse"}
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training: a method, a seed and hyperparameters."""
-
-    study: str
-    method: str
-    request: Mapping[str, Any]
-    seed: int
-    steps: int
-    settings: Settings
-
-
-class Plan:
-    """The plan file: hyperparameters, methods and which runs each study has."""
-
-    def __init__(self, path: Path = PLAN) -> None:
-        content = tomllib.loads(path.read_text())
-        self.settings = Settings(**content["settings"])
-        self.methods: dict[str, dict[str, Any]] = content["methods"]
-        self.studies: dict[str, dict[str, Any]] = content["studies"]
-
-    def runs(self, studies: Sequence[str]) -> list[Run]:
-        """Runs of these studies; seeds outermost, so that an interrupted study has whole seeds."""
-        return [run for name in studies for run in self._study(name)]
-
-    def _study(self, name: str) -> Iterator[Run]:
-        study = self.studies[name]
-        settings = replace(self.settings, **study.get("settings", {}))
-        for seed in study["seeds"]:
-            for method in study["methods"]:
-                yield Run(name, method, self.methods[method], seed, study["steps"], settings)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run finds its policy and its server, and where its log goes.
+class Setup:
+    """Where a run finds its policy and its server, and where it writes its log.
 
     Attributes:
         model: The reward model's fingerprint.
@@ -102,86 +57,65 @@ class Place:
     @property
     def scoring(self) -> dict[str, Any]:
         """What decides the start policy's scores, and with them the moments."""
-        of_place = {name: getattr(self, name) for name in ("model", "start", "device", "precision")}
-        return of_place | {"reading": READING}
+        of_setup = {name: getattr(self, name) for name in ("model", "start", "device", "precision")}
+        return of_setup | {"reading": READING}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides a run's numbers besides the plan; it stands in every log's header."""
+        """What decides a run's numbers besides the plan; every log's header has it."""
         return self.scoring | {"moments": asdict(self.moments)}
 
 
-def log_path(logs: Path, run: Run) -> Path:
-    """The file of a finished run."""
-    return logs / run.study / f"{run.method.replace(' ', '-')}.{run.seed}.jsonl.gz"
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """A run's header, then its steps."""
-    with gzip.open(path, "rt") as file:
-        return [json.loads(line) for line in file]
-
-
-def is_finished(run: Run, place: Place) -> bool:
+def is_finished(run: Run, setup: Setup) -> bool:
     """Whether its log is there.
 
     Raises:
-        ValueError: The log is of another run, as when the plan or the reward model was changed: old and new must not
-            be mixed.
+        ValueError: The log is of another run, for example because the plan or the reward model was changed. Old and
+            new runs must not be mixed.
     """
-    path = log_path(place.logs, run)
+    path = log_path(setup.logs, run)
     if not path.is_file():
         return False
-    refuse_other(path, read_log(path)[0], asdict(run) | place.identity)
+    refuse_other(path, read_log(path)[0], asdict(run) | setup.identity)
     return True
 
 
-def refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse a file of other runs, by the names of what differs.
-
-    Raises:
-        ValueError: It is of other runs.
-    """
-    if different := [name for name, value in wanted.items() if name not in found or found[name] != value]:
-        raise ValueError(f"{path} was made with another {', '.join(different)}; move it away")
-
-
-def execute(run: Run, place: Place) -> float:
-    """Train once and write the log, which appears under its name when it is whole. Returns the seconds it took."""
-    begun, path = time.monotonic(), log_path(place.logs, run)
+def execute(run: Run, setup: Setup) -> float:
+    """Train once and write the log, which gets its final name only when complete. Returns the seconds it took."""
+    started, path = time.monotonic(), log_path(setup.logs, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.manual_seed(run.seed)
-    policy = make_policy(place)
-    with Client(place.url, trust_env=False) as client, gzip.open(partial, "wt") as file:
-        judge = Judge(client, policy.facts, run.request, fingerprint=place.model)
-        print(json.dumps(asdict(run) | place.identity), file=file)
-        for record in train(policy, judge, place.moments, run.settings, steps=run.steps, seed=run.seed):
+    policy = make_policy(setup)
+    with Client(setup.url, trust_env=False) as client, gzip.open(partial, "wt") as file:
+        judge = Judge(client, policy.facts, run.request, fingerprint=setup.model)
+        print(json.dumps(asdict(run) | setup.identity), file=file)
+        for record in train(policy, judge, setup.moments, run.settings, steps=run.steps, seed=run.seed):
             if record["step"] % 20 and record["step"] != run.steps - 1:
                 del record["ids"]
             print(json.dumps(record), file=file, flush=True)
     partial.replace(path)
-    return time.monotonic() - begun
+    return time.monotonic() - started
 
 
-def make_policy(place: Place) -> Policy:
-    """A fresh policy at the start."""
-    policy = Policy(*start.load(place.policy), precision=getattr(torch, place.precision))
-    return policy.to(place.device)
+def make_policy(setup: Setup) -> Policy:
+    """A new policy, untrained: a copy of the start policy."""
+    policy = Policy(*start.load(setup.policy), precision=getattr(torch, setup.precision))
+    return policy.to(setup.device)
 
 
-def measure(place: Place, settings: Settings, batches: int = 32) -> Moments:
-    """Mean and deviation of the start policy's scores."""
-    policy, generator = make_policy(place), torch.Generator().manual_seed(999)
-    with Client(place.url, trust_env=False) as client:
-        judge = Judge(client, policy.facts, SPARSE, fingerprint=place.model)
-        scores = [collect(policy, judge, place.moments, settings, generator).judged.scores for _ in range(batches)]
+def measure(setup: Setup, settings: Settings, batches: int = 32) -> Moments:
+    """Mean and standard deviation of the start policy's scores."""
+    policy, generator = make_policy(setup), torch.Generator().manual_seed(999)
+    with Client(setup.url, trust_env=False) as client:
+        judge = Judge(client, policy.facts, SPARSE, fingerprint=setup.model)
+        scores = [collect(policy, judge, setup.moments, settings, generator).judged.scores for _ in range(batches)]
     return Moments(float(torch.cat(scores).mean()), float(torch.cat(scores).std()))
 
 
 @contextmanager
-def place_of(arguments: argparse.Namespace) -> Iterator[Place]:
-    """Everything a run needs: the start policy, made on the first call, a server, and the scale of its scores."""
+def prepare(arguments: argparse.Namespace) -> Iterator[Setup]:
+    """Everything a run needs: the start policy (trained at the first call), a server, and the moments of its scores."""
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     policy = folder / "start"
@@ -190,7 +124,7 @@ def place_of(arguments: argparse.Namespace) -> Iterator[Place]:
     with _server(arguments) as url:
         with Client(url, trust_env=False) as client:
             model = Judge(client, start.load(policy)[1], SPARSE).fingerprint()
-        place = Place(
+        setup = Setup(
             policy,
             folder / "logs",
             url,
@@ -200,19 +134,19 @@ def place_of(arguments: argparse.Namespace) -> Iterator[Place]:
             arguments.device,
             arguments.precision,
         )
-        yield replace(place, moments=moments_of(place, folder / "moments.json"))
+        yield replace(setup, moments=moments_of(setup, folder / "moments.json"))
 
 
-def moments_of(place: Place, path: Path) -> Moments:
-    """Measured once and kept in `path` with what they were measured with.
+def moments_of(setup: Setup, path: Path) -> Moments:
+    """The start policy's moments; measured once and kept in `path`, with what they were measured with.
 
     Raises:
-        ValueError: Those there were measured with something else.
+        ValueError: The kept moments were measured with something else.
     """
     if not path.is_file():
-        path.write_text(json.dumps(asdict(measure(place, Plan().settings)) | place.scoring))
+        path.write_text(json.dumps(asdict(measure(setup, Plan().settings)) | setup.scoring))
     kept = json.loads(path.read_text())
-    refuse_other(path, kept, place.scoring)
+    refuse_other(path, kept, setup.scoring)
     return Moments(kept["mean"], kept["deviation"])
 
 
@@ -226,25 +160,25 @@ def _server(arguments: argparse.Namespace) -> Iterator[str]:
             yield url
 
 
-def run_all(runs: Sequence[Run], place: Place, workers: int) -> None:
-    """Those that are not finished, so many at a time."""
-    waiting = [run for run in runs if not is_finished(run, place)]
-    print(f"{len(runs)} runs, {len(waiting)} to do, {workers} at a time", flush=True)
-    # Started afresh, for a forked process would share the threads' state of torch.
+def run_all(runs: Sequence[Run], setup: Setup, workers: int) -> None:
+    """Run those that are not finished, `workers` at a time."""
+    unfinished = [run for run in runs if not is_finished(run, setup)]
+    print(f"{len(runs)} runs, {len(unfinished)} to do, {workers} at a time", flush=True)
+    # Spawned: a forked process would inherit the state of torch's threads.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_one_thread) as pool:
-        running = {pool.submit(execute, run, place): run for run in waiting}
+        running = {pool.submit(execute, run, setup): run for run in unfinished}
         for done, future in enumerate(as_completed(running), 1):
             if future.exception():
-                pool.shutdown(cancel_futures=True)  # the others would fail alike
+                pool.shutdown(cancel_futures=True)  # the others would fail in the same way
             run, seconds = running[future], future.result()
-            last = read_log(log_path(place.logs, run))[1:][-10:]
+            last = read_log(log_path(setup.logs, run))[1:][-10:]
             reward = sum(record["reward"] for record in last) / len(last)
             name = f"{run.study}, {run.method}, seed {run.seed}"
-            print(f"{done}/{len(waiting)} {name}: {seconds:.0f} s, last steps {reward:+.3f}", flush=True)
+            print(f"{done}/{len(unfinished)} {name}: {seconds:.0f} s, last steps {reward:+.3f}", flush=True)
 
 
 def print_samples(logs: Path, studies: Sequence[str]) -> None:
-    """What the policies wrote at the steps that keep it, to be read."""
+    """Print what the policies wrote, at the steps whose texts are logged."""
     tokenizer = load_tokenizer()
     for path in sorted(path for name in studies for path in (logs / name).glob("*.jsonl.gz")):
         for record in read_log(path)[1:]:
@@ -272,8 +206,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("service/docs"), help="where the report goes")
     arguments = parser.parse_args(argv)
     if arguments.what == "report":
-        from .report import write_report
-
         write_report(arguments.folder / "logs", arguments.output)
         return
     if arguments.what == "samples":
@@ -282,10 +214,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     _one_thread()
     plan = Plan()
-    tuning = [name for name in plan.studies if name.startswith("tune")]
+    tuning = [name for name in plan.studies if is_tuning(name)]
     names = arguments.study or (tuning if arguments.what == "tune" else ["main"])
-    with place_of(arguments) as place:
-        run_all(plan.runs(names), place, arguments.workers)
+    with prepare(arguments) as setup:
+        run_all(plan.runs(names), setup, arguments.workers)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The start policy: six of SmolLM2's layers, taught for some hundred steps to write like short reviews.
+"""The start policy: six of SmolLM2's layers, trained for some hundred steps to write like short reviews.
 
-The first and the last layers of a deep model still speak to its embedding and its head; the rest of what cutting the
-middle out broke is learnt again from the review snippets of the data folder. The embedding is frozen and tied to the
-head, which is cut to the ids that these texts use most. What is learnt is kept outside the repository.
+The first and the last layers of a deep model still fit its embedding and its head. Training on the review snippets of
+the data folder repairs what removing the middle layers broke. The embedding is frozen and tied to the head, which keeps
+only the ids that these texts use most. The trained policy is kept outside the repository.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _FACTS = "start.json"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a start policy is besides its weights; all of it in the tokenizer's ids.
+    """What defines a start policy in addition to its weights; all ids are the tokenizer's.
 
     Attributes:
         begin: The id that every text begins with.
         end: The id that ends a text.
         kept: The ids that the policy may write, `end` among them.
-        openings: Beginnings of texts, all of one length, which the policy continues.
-        judge_prompt: What stands before a text where the reward model reads it.
+        openings: Beginnings of texts, all of the same length, which the policy continues.
+        judge_prompt: The prompt that the reward model reads before a text.
     """
 
     begin: int
@@ -49,7 +49,7 @@ class Facts:
 
 
 def save(folder: Path, decoder: LlamaModel, facts: Facts) -> None:
-    """Write an ordinary model folder and the facts beside it."""
+    """Write a model folder, with the facts in it."""
     decoder.save_pretrained(folder)
     (folder / _FACTS).write_text(json.dumps(asdict(facts)))
 
@@ -61,7 +61,7 @@ def load(folder: Path) -> tuple[LlamaModel, Facts]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Changes when a weight does, or a fact."""
+    """A hash of the weights and the facts."""
     content = hashlib.sha256()
     for path in (*sorted(folder.glob("*.safetensors")), folder / _FACTS):
         content.update(path.read_bytes())
@@ -69,7 +69,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def teach(data: Path, folder: Path, steps: int, batch_tokens: int = 2048, rate: float = 6e-4) -> None:
-    """Cut the decoder, train it on the review snippets below `data`, 2,048 tokens a step, and save it."""
+    """Train a cut decoder on the review snippets in `data`, `batch_tokens` tokens per step, and save it."""
     tokenizer = load_tokenizer()
     rated = [item for item in read_vader(data / "vader") if item.source in ("movie", "amazon")]
     encoded: list[list[int]] = tokenizer([item.text for item in rated], add_special_tokens=False)["input_ids"]
@@ -99,49 +99,49 @@ def teach(data: Path, folder: Path, steps: int, batch_tokens: int = 2048, rate: 
 
 
 def cut_decoder() -> LlamaModel:
-    """The base's first and last layers, float32."""
+    """The first and last layers of the base model, float32."""
     base = AutoModelForCausalLM.from_pretrained(base_folder(), gguf_file=BASE_FILE, dtype=torch.float32).model
     settings = base.config.to_dict()
     settings.pop("quantization_config", None)
     decoder = LlamaModel(LlamaConfig(**settings | {"num_hidden_layers": len(LAYERS)}))
     decoder.embed_tokens, decoder.norm = base.embed_tokens, base.norm
-    for place, layer in enumerate(LAYERS):
-        decoder.layers[place].load_state_dict(base.layers[layer].state_dict())
+    for index, layer in enumerate(LAYERS):
+        decoder.layers[index].load_state_dict(base.layers[layer].state_dict())
     return decoder
 
 
 def _facts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[int]]) -> Facts:
     begin, end = (tokenizer.get_vocab()[token] for token in ("<|im_start|>", "<|im_end|>"))
     counts = Counter(itertools.chain.from_iterable(texts))
-    kept = sorted({end, *(identity for identity, _ in counts.most_common(KEPT_IDS - 1))})
-    may_begin = {tuple(ids[:OPENING_TOKENS]) for ids in texts if len(ids) > 2 * OPENING_TOKENS}
-    openings = sorted(list(opening) for opening in may_begin if set(opening) <= set(kept))
+    kept = sorted({end, *(token for token, _ in counts.most_common(KEPT_IDS - 1))})
+    beginnings = {tuple(ids[:OPENING_TOKENS]) for ids in texts if len(ids) > 2 * OPENING_TOKENS}
+    openings = sorted(list(opening) for opening in beginnings if set(opening) <= set(kept))
     Random(0).shuffle(openings)
     turn = [{"role": "user", "content": ""}]
-    before = str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-    judge_prompt: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+    prompt = str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    judge_prompt: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return Facts(begin, end, kept, openings[:OPENINGS], judge_prompt)
 
 
 def _batches(texts: Sequence[list[int]], facts: Facts, size: int) -> Iterator[Tensor]:
-    """Texts of about equal length side by side, filled with -1, in a new order each time round."""
+    """Batches of texts of about equal length, padded with -1, in a new order each epoch."""
     for epoch in itertools.count():
         order = Random(epoch)
         rows = sorted(
             ([facts.begin, *ids, facts.end][:64] for ids in texts), key=lambda row: (len(row), order.random())
         )
-        starts, batches = 0, []
-        while starts < len(rows):
-            count = max(1, size // len(rows[min(starts + size // 32, len(rows) - 1)]))
-            chosen = [torch.tensor(row) for row in rows[starts : starts + count]]
+        start, batches = 0, []
+        while start < len(rows):
+            count = max(1, size // len(rows[min(start + size // 32, len(rows) - 1)]))
+            chosen = [torch.tensor(row) for row in rows[start : start + count]]
             batches.append(nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=-1))
-            starts += count
+            start += count
         order.shuffle(batches)
         yield from batches
 
 
 def _loss(decoder: LlamaModel, rows: Tensor, columns: Tensor) -> Tensor:
-    """Mean negative log-likelihood of the ids that the head knows."""
+    """Mean negative log-likelihood of the ids that the head has."""
     targets = torch.where(rows[:, 1:] < 0, -100, columns[rows[:, 1:].clamp(min=0)])
     with torch.autocast("cpu", torch.bfloat16):
         hidden = decoder(input_ids=rows[:, :-1].clamp(min=0), use_cache=False).last_hidden_state

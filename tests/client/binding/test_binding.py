@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,58 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import families
-import tiny
 from densereward_client import AsyncClient, BoundClient, Client, InvalidAnswer
 from densereward_client.binding import Binding
-from densereward_client.tokens import TokenBytes, byte_alphabet
 from densereward_client.wire import ModelList
-from serving import Json, Server, serving
+from serving import Json, Server
 
-POLICIES: dict[str, Any] = {family: families.load(family) for family in families.FAMILIES}
-POLICIES |= {"tiny": tiny.make_tokenizer(), "tiny sentencepiece": tiny.make_sentencepiece_style_tokenizer()}
-MESSAGES = [{"role": "user", "content": "How was it?"}]
+from .conftest import LETTERS, MESSAGES, POLICIES, TOKENS, bindings, ids_of
+
 CLOSED = {"name": "red", "label": "closed", "prefix_mode": "closed"}
 METHODS: list[Any] = ["red", "abc", "uniform", "sparse", CLOSED]
-LETTERS = ["The fox", " ", "\n", "\t", "ß", "é", "e\u0301", "京都", "😀", "👩‍👩‍👧", "\x07", "\u200b", "don't. "]
 text = st.lists(st.sampled_from(LETTERS), min_size=1, max_size=8).map("".join)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Reward models with tiny's tokens, closed by a template, and with SentencePiece's, closed by nothing."""
-    folder = tmp_path_factory.mktemp("models")
-    tiny.save(folder / "closed")
-    tiny.make_model("llama", vocab_size=330, seed=1).save_pretrained(folder / "bare")
-    tiny.make_sentencepiece_style_tokenizer().save_pretrained(folder / "bare")
-    models = [part for name in ("closed", "bare") for part in ("--model", f"{name}={folder / name}")]
-    with serving(
-        folder / "log", "--device", "cpu", "--allow", "vocabulary", "--allow", "special_tokens", *models
-    ) as up:
-        yield up
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[Client]:
-    with Client(server.url, trust_env=False) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def models(client: Client) -> ModelList:
-    return client.models()
-
-
-TOKENS = {policy: TokenBytes(tokenizer) for policy, tokenizer in POLICIES.items()}  # a second each for large ones
-
-
-def bindings(policy: str, models: ModelList) -> Binding:
-    return Binding(TOKENS[policy], models, "closed")
-
-
-def ids_of(tokenizer: Any, written: str, *, eos: bool = True) -> list[int]:
-    ids = list(tokenizer.backend_tokenizer.encode(written, add_special_tokens=False).ids)
-    return [*ids, tokenizer.eos_token_id] if eos and tokenizer.eos_token_id is not None else ids
 
 
 @pytest.mark.parametrize("model", ["closed", "bare"])
@@ -154,43 +111,6 @@ def test_masked_and_special_tokens_get_nothing(client: Client) -> None:
         assert not rewards[np.equal(tool, 0)].any()
 
 
-def test_bytes_that_are_no_text_are_named(client: Client, models: ModelList) -> None:
-    tokenizer = POLICIES["tiny"]
-    letters = {byte: letter for letter, byte in byte_alphabet().items()}
-    smile = [tokenizer.convert_tokens_to_ids(letters[byte]) for byte in "😀".encode()]
-    good = ids_of(tokenizer, " good", eos=False)
-    binding = bindings("tiny", models)
-    read = binding.text_of([*smile[1:], *good])
-    assert read.text == "\ufffd" * 3 + " good"
-    assert [read.text.encode()[start:stop].decode() for start, stop in read.spans[:3]] == ["\ufffd"] * 3
-    assert read.warnings == [
-        "invalid_utf8: the tokens at 0, 1, 2 begin bytes that are no text; U+FFFD was read in their place"
-    ]
-    cut = binding.text_of([*good, *smile[:3]], cut=True)
-    assert (cut.text, cut.spans[-3:]) == (" good", [(5, 5)] * 3)
-    assert "cut within a character, at token" in cut.warnings[0]
-    sample = {"prompt": "a", "response_token_ids": [*smile[1:], *good]}
-    item = client.bind(tokenizer, model="bare").token_rewards([sample], methods=["red"]).data[0]
-    assert any(warning.startswith("invalid_utf8") for warning in item.warnings)
-    assert len(item.token_rewards["red"]) == 3 + len(good)
-
-
-@pytest.mark.parametrize("policy", [*families.FAMILIES, "tiny sentencepiece"])
-@settings(max_examples=40, deadline=None)
-@given(written=text)
-def test_every_byte_of_a_response_belongs_to_exactly_one_token(policy: str, written: str, models: ModelList) -> None:
-    tokenizer = POLICIES[policy]
-    ids = ids_of(tokenizer, written, eos=False)
-    if policy == "bert" and 100 in ids:
-        return  # a word it does not know
-    read = bindings(policy, models).text_of(ids)
-    assert read.text == tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
-    assert [stop for _, stop in read.spans[:-1]] == [start for start, _ in read.spans[1:]]
-    owned = [(0, 0), *read.spans]
-    assert (owned[min(len(ids), 1)][0], owned[-1][1]) == (0, len(read.text.encode()))
-    assert read.warnings == []
-
-
 @pytest.mark.parametrize("policy", ["qwen", "llama", "deepseek", "mon", "tiny"])
 @settings(max_examples=15, deadline=None)
 @given(written=text, ended=st.booleans())
@@ -205,17 +125,6 @@ def test_sums_are_kept_whatever_is_written(
         assert len(rewards) == len(ids)
         total = float(rewards.sum(dtype=np.float64)) + item.baseline[name]
         assert total == pytest.approx(item.reward, abs=1e-5)
-
-
-@settings(max_examples=60, deadline=None)
-@given(ids=st.lists(st.integers(3, 258), max_size=12))
-def test_any_bytes_are_read_as_the_tokenizer_reads_them(ids: list[int], models: ModelList) -> None:
-    tokenizer = POLICIES["tiny"]
-    read = bindings("tiny", models).text_of(ids)
-    assert read.text == tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
-    assert len(read.spans) == len(ids)
-    assert all(start <= stop for start, stop in read.spans)
-    assert bool(read.warnings) == ("\ufffd" in read.text)
 
 
 def test_a_prompt_in_the_policys_special_tokens_is_refused_where_those_mean_nothing(models: ModelList) -> None:
@@ -275,8 +184,8 @@ def test_bad_samples_keep_their_places(client: Client) -> None:
     long = good | {"response_token_ids": ids_of(tokenizer, "Thank you " * 2000), "id": "long"}
     lost = good | {"response_token_ids": [10**7], "id": "lost"}
     bound = client.bind(tokenizer, model="closed")
-    for ask in (bound.token_rewards, bound.rewards):
-        data = ask([lost, good, long, good], on_error="item").data
+    for call in (bound.token_rewards, bound.rewards):
+        data = call([lost, good, long, good], on_error="item").data
         assert [item.index for item in data] == [0, 1, 2, 3]
         assert [item.error and item.error.code for item in data] == ["invalid_tokens", None, "too_long", None]
     with pytest.raises(ValueError, match="sample 1: the tokenizer has no token 10000000"):
@@ -301,12 +210,12 @@ def test_what_follows_the_first_eos_gets_nothing_and_changes_nothing(policy: str
     padding = min(Binding(TOKENS[policy], client.models(), model)._tokens.special - {ids[-1]}, default=ids[-1])
     bound = client.bind(TOKENS[policy], model=model)
     plain = bound.token_rewards([{"prompt": "How?", "response_token_ids": ids}], methods=METHODS).data[0]
-    for behind in ([ids[-1]] * 3, [padding] * 2, [ids[-1], padding]):
-        sample = {"prompt": "How?", "response_token_ids": [*ids, *behind]}
+    for more in ([ids[-1]] * 3, [padding] * 2, [ids[-1], padding]):
+        sample = {"prompt": "How?", "response_token_ids": [*ids, *more]}
         item = bound.token_rewards([sample], methods=METHODS).data[0]
         assert item.reward == pytest.approx(plain.reward, abs=1e-6)
         for name, rewards in plain.token_rewards.items():
-            np.testing.assert_allclose(item.token_rewards[name], [*rewards, *[0] * len(behind)], atol=2e-6)
+            np.testing.assert_allclose(item.token_rewards[name], [*rewards, *[0] * len(more)], atol=2e-6)
 
 
 def test_both_ways_put_the_reward_on_the_same_token(client: Client, models: ModelList) -> None:
@@ -336,23 +245,6 @@ def test_special_tokens_at_the_end_that_are_no_eos_are_named(client: Client) -> 
     )
     assert any(warning.startswith("ends_special") for warning in ends)
     assert any(warning.startswith("eos_within") for warning in within)
-
-
-@pytest.mark.parametrize("policy", ["llama", "tiny sentencepiece"])
-def test_a_response_behind_a_plain_prompt_keeps_the_blank_it_begins_with(policy: str, client: Client) -> None:
-    tokenizer = POLICIES[policy]
-    whole = ids_of(tokenizer, "How was it? Thank you", eos=False)
-    prompt = ids_of(tokenizer, "How was it?", eos=False)
-    assert whole[: len(prompt)] == prompt
-    bound = client.bind(tokenizer, model="closed")
-    direct = client.token_rewards(
-        [{"prompt": "How was it?", "response": " Thank you", "finished": False}], methods=["red"], model="closed"
-    ).data[0]
-    for asked in ({"prompt": "How was it?"}, {"prompt_token_ids": prompt}):
-        sample: Json = asked | {"response_token_ids": whole[len(prompt) :]}
-        assert bound.token_rewards([sample], methods=["red"]).data[0].reward == pytest.approx(direct.reward, abs=1e-6)
-    dialogue = {"messages": MESSAGES, "response_token_ids": whole[len(prompt) :]}
-    assert bound.binding.bind(dialogue).sample.response == "Thank you"
 
 
 async def test_the_asynchronous_client_gives_the_same(server: Server, client: Client) -> None:

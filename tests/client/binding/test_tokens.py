@@ -103,7 +103,7 @@ def test_what_cannot_be_known_is_said() -> None:
 @pytest.mark.parametrize("scheme", ["always", "never"])
 @pytest.mark.parametrize("words", [["▁a", "▁a"], ["▁▁", "a", "▁▁"], ["a"]])
 def test_metaspace_is_read_as_it_decodes(scheme: str, words: list[str]) -> None:
-    vocabulary = {word: place for place, word in enumerate(["a", "▁a", "▁▁", "<unk>"])}
+    vocabulary = {word: index for index, word in enumerate(["a", "▁a", "▁▁", "<unk>"])}
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
     tokens = TokenBytes(SimpleNamespace(backend_tokenizer=backend, eos_token_id=None))

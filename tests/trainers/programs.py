@@ -1,4 +1,4 @@
-"""What the tests of trainers share that take ids they choose: a program in the trainer's environment, asked once."""
+"""For tests that choose the responses themselves: runs a program in a trainer's environment."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.trainers.conftest import run
 HERE = Path(__file__).parent
 
 
-def ask(trainer: str, folder: Path, job: Json) -> Json:
-    """Run `run_TRAINER.py` with a job, and return what it saw."""
+def run_program(trainer: str, folder: Path, job: Json) -> Json:
+    """Runs `run_TRAINER.py` with a job, and returns what it wrote down."""
     output = folder / "seen.json"
     (folder / "job.json").write_text(json.dumps(job | {"output": str(output)}))
     ended = run(trainer, str(HERE / f"run_{trainer}.py"), str(folder / "job.json"))

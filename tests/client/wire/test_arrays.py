@@ -1,4 +1,4 @@
-"""Lists in base64: the same numbers as the list form, and refusals that name the field."""
+"""Lists as base64: the same numbers as JSON lists, and errors that name the field."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from densereward_client._arrays import COMPACT
 from densereward_client.wire import Sample
+from densereward_client.wire.arrays import BASE64
 
 IDS = {"prompt": "", "response_token_ids": [5]}
 
@@ -45,9 +45,9 @@ def _samples(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(sample=_samples())
 def test_what_is_sent_in_base64_is_read_as_the_same_numbers(sample: dict[str, Any]) -> None:
-    given_ = Sample.model_validate(sample)
-    sent = given_.model_dump_json(exclude_unset=True, context=COMPACT)
-    assert Sample.model_validate_json(sent) == given_
+    original = Sample.model_validate(sample)
+    sent = original.model_dump_json(exclude_unset=True, context=BASE64)
+    assert Sample.model_validate_json(sent) == original
     assert isinstance(json.loads(sent)["token_entropies"], str)
     assert isinstance(json.loads(sent)["response_mask"], str) is (len(sample["response_mask"]) >= 64)
 
@@ -61,7 +61,7 @@ def test_any_length_may_come_in_base64(ids: list[int], spans: list[tuple[int, in
 
 def test_numbers_that_float32_does_not_hold_are_sent_as_a_list() -> None:
     sample = Sample.model_validate(IDS | {"weights": [0.1] * 64, "token_entropies": [0.25] * 64})
-    sent = json.loads(sample.model_dump_json(exclude_unset=True, context=COMPACT))
+    sent = json.loads(sample.model_dump_json(exclude_unset=True, context=BASE64))
     assert sent["weights"] == [0.1] * 64
     assert sent["token_entropies"] == _base64([0.25] * 64, "<f4")
 
