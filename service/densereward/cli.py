@@ -36,7 +36,7 @@ def _run(name: str, arguments: list[str]) -> None:
     except ModuleNotFoundError as error:
         _exit(1, f"densereward {name} needs {error.name}: pip install 'densereward[service]'")
     from densereward.errors import DenseRewardError
-    from densereward.server.validation import describe_errors, errors_in
+    from densereward.server.pydantic_errors import describe_errors, errors_in
     from densereward_client import DenseRewardError as ClientError
 
     try:

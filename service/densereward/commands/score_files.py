@@ -12,7 +12,7 @@ import orjson
 from pydantic import ValidationError
 
 from densereward.errors import DenseRewardError, InvalidRequest
-from densereward.server.validation import errors_in, invalid_request
+from densereward.server.pydantic_errors import errors_in, invalid_request
 from densereward_client.wire import Sample
 
 __all__ = ["CHUNK", "ScoredLines", "count_samples", "read_samples", "write_parquet"]

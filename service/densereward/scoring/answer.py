@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,10 @@ from densereward.capture import Captured, ScoringInput
 from densereward.errors import DenseRewardError
 from densereward.methods.base import Credit
 from densereward.scheduling.batcher import Scored
-from densereward.scoring.placement import Placed, place, slot_boundaries
+from densereward.scoring.placement import Placed, slot_boundaries
 from densereward.scoring.plans import Plan
 from densereward.scoring.preparation import PreparedSample
+from densereward.scoring.redistribution import Redistributed
 from densereward.tokenization.vocabulary import Vocabulary
 from densereward_client.wire import Sample, TokenRewardsRequest, encode_base64
 
@@ -74,47 +74,28 @@ def token_rewards_item(
     prepared: PreparedSample,
     captured: Captured,
     *,
-    variants: Sequence[Sequence[Captured]],
-    plans: Sequence[Plan],
+    redistributed: Sequence[Redistributed],
     request: TokenRewardsRequest,
     vocabulary: Vocabulary,
 ) -> dict[str, Any]:
-    """A sample's token rewards by every method, and what the request wants beside them.
-
-    Raises:
-        EngineFailure: rewards that are not finite or do not sum to the sequence's.
-    """
+    """A sample's token rewards by every method, and what the request includes beside them."""
     encode = encoder(request.encoding_format)
     item = reward_item(index, sample, prepared, captured) | {"token_rewards": {}, "baseline": {}}
     if "segments" in request.include:
         item["segments"] = {}
-    for plan, other in zip(plans, variants, strict=True):
-        credit = _credit(plan, prepared, replace(captured, variants=other))
-        placed = place(credit, captured.reward, plan.params, prepared.slots, prepared.aligned.spans)
-        item["token_rewards"][plan.key] = encode(placed.rewards)
-        item["baseline"][plan.key] = placed.baseline
-        if other:
-            item.setdefault("passes", {})[plan.key] = 1 + len(other)
-        for name, value in method_details(plan, credit, placed).items():
-            item.setdefault(name, {})[plan.key] = value
+    for each in redistributed:
+        key, credit = each.plan.key, each.credit
+        item["token_rewards"][key] = encode(each.placed.rewards)
+        item["baseline"][key] = each.placed.baseline
+        if each.passes > 1:
+            item.setdefault("passes", {})[key] = each.passes
+        for name, value in method_details(each.plan, credit, each.placed).items():
+            item.setdefault(name, {})[key] = value
         if "segments" in request.include:
             for name, values in _segments(credit, prepared).items():
-                item.setdefault(name, {})[plan.key] = values
+                item.setdefault(name, {})[key] = values
         item["warnings"] += [warning for warning in credit.warnings if warning not in item["warnings"]]
     return item | _included(request, prepared, captured, vocabulary, encode)
-
-
-def _credit(plan: Plan, prepared: PreparedSample, captured: Captured) -> Credit:
-    """The method's credit; without a response token, all of R on the last slot."""
-    if captured.length:
-        return plan.method.credit(captured, prepared.response, plan.params)
-    rewards = np.zeros(prepared.slots.count)
-    rewards[-1:] = captured.reward
-    return Credit(
-        rewards,
-        on="slots",
-        warnings=("empty_response: the response holds no token, so no method could redistribute the reward",),
-    )
 
 
 def _included(

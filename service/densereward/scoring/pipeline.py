@@ -1,13 +1,13 @@
-"""Read this first: what happens to a request, room by room.
+"""Read this first: what happens to a request, folder by folder.
 
-    server         bytes become a request, and its samples are read one by one               (server/routes)
-    plan           its methods are read, and what they need of the forward pass               (scoring/plans)
+    server         bytes become a request, and its samples are parsed one by one              (server/routes)
+    plans          its methods are read, and what they need of the forward pass               (scoring/plans)
     tokenization   each sample becomes ids: read, framed, closed                              (tokenization/align)
-    auxiliary      sequences that its methods want scored beside it                           (scoring/auxiliary)
+    auxiliary      sequences that its methods need beside it                                  (scoring/auxiliary)
     scheduling     sequences of all callers wait in one queue and run in batches              (scheduling/batcher)
     engine         one forward pass keeps the scores and attention rows that were asked for   (engines, heads)
-    method         each method turns them into rewards on the model's tokens                  (methods)
-    placement      the rewards move to the trainer's own tokens                               (scoring/placement)
+    methods        each method turns them into credit on the model's tokens                   (scoring/redistribution)
+    placement      the credit moves to the trainer's own tokens                               (scoring/placement)
     answer         all of it in the shape of densereward_client.wire                          (scoring/answer)
 
 One `Pipeline` is one loaded model. `prepare` is what comes before the wait for the engine, `answer` what comes after
@@ -34,6 +34,7 @@ from densereward.scoring.model_card import card_of, fingerprint_of
 from densereward.scoring.outcome import Outcome, checked_finite, take_outcome
 from densereward.scoring.plans import Plan, needs_of, plan
 from densereward.scoring.preparation import PreparedSample, prepare_sample
+from densereward.scoring.redistribution import redistribute
 from densereward.scoring.running_deviation import RunningDeviation
 from densereward.tokenization.align import Aligner
 from densereward_client.wire import Message, RewardsRequest, Sample, TokenRewardsRequest
@@ -246,19 +247,20 @@ class Pipeline:
             raise TypeError(f"sample {index} was scored and never prepared")
         if not isinstance(work.request, TokenRewardsRequest):
             return reward_item(index, sample, prepared, result.scored.captured)
+        captured = result.scored.captured
         try:
-            return token_rewards_item(
-                index,
-                sample,
-                prepared,
-                result.scored.captured,
-                variants=result.variants,
-                plans=work.plans,
-                request=work.request,
-                vocabulary=self._aligner.vocabulary,
-            )
+            redistributed = redistribute(prepared, captured, result.variants, work.plans)
         except EngineFailure as error:
             return error_item(index, _in_its_place(error, index, sample, work.request))
+        return token_rewards_item(
+            index,
+            sample,
+            prepared,
+            captured,
+            redistributed=redistributed,
+            request=work.request,
+            vocabulary=self._aligner.vocabulary,
+        )
 
 
 def _in_its_place(

@@ -22,10 +22,10 @@ from starlette.datastructures import QueryParams
 from densereward.errors import InvalidRequest
 from densereward.scoring.ensemble import EnsemblePipeline
 from densereward.scoring.pipeline import Scorer
+from densereward.server.pydantic_errors import errors_in, invalid_request
 from densereward.server.routes.answering import ERRORS, PreparedRequest, answer_request, body_schema, require_key
 from densereward.server.routes.reading import Lists, check_number, read_lists
 from densereward.server.service import Service
-from densereward.server.validation import errors_in, invalid_request
 from densereward_client.wire import MethodRequest, RewardsRequest, Sample, Spans, TokenRewardsRequest
 
 __all__ = ["GetRewardRequest", "router"]

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from densereward.errors import ClientGone, DenseRewardError, InvalidRequest, MalformedJSON, TooLarge
-from densereward.server.validation import errors_in, invalid_request
+from densereward.server.pydantic_errors import errors_in, invalid_request
 from densereward_client.wire import RewardsRequest, Sample
 
 __all__ = ["Lists", "body_of", "check_number", "read", "read_lists", "read_whole"]
