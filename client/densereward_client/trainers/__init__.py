@@ -14,6 +14,6 @@ An adapter does three things:
 
 A failure raises; it never becomes a reward of zero.
 
-A new trainer is one module here and one row in the README's table of trainers. Its tests go to tests/trainers and run
+A new trainer is one module here and one row of service/docs/trainers.md. Its tests go to tests/trainers and run
 in an environment of that trainer's own (`make test-trainers`).
 """
