@@ -8,7 +8,6 @@ shows where. All else must be the same to the byte.
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
 import tempfile
@@ -115,8 +114,8 @@ def _client(server: Server) -> httpx.Client:
     """A client of a server that is ready."""
     try:
         server.wait_until_ready()
-    except httpx.ConnectError as error:  # a model that fails its checks ends the server
-        raise RuntimeError(f"the server ended: {re.findall('ERROR.*', server.log)}") from error
+    except httpx.TransportError as error:  # a model that fails its checks ends the server
+        raise RuntimeError(f"the server ended: {server.log[server.log.find('ERROR') :]}") from error
     headers = {"Authorization": f"Bearer {KEY}"}
     return httpx.Client(base_url=server.url, headers=headers, timeout=PATIENCE, trust_env=False)
 
