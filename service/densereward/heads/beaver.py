@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import LayersHead
+from densereward.heads.base import LayersHead, normaliser
 
 __all__ = ["BeaverHead"]
 
@@ -41,10 +41,8 @@ class BeaverHead(LayersHead):
         if kind == "cost":
             self.notice = _COST
         self._mean, self._deviation = 0.0, 1.0
-        if getattr(config, "do_normalize", False):
-            mean, variance = (getattr(config, name, None) for name in ("mean", "var"))
-            if mean is None or not variance:
-                raise ModelError("do_normalize is set, and the config has no `mean` and `var` to normalise by")
+        if figures := normaliser(config, "do_normalize", "mean", "var"):
+            mean, variance = figures
             self._mean = 0.0 if kind == "cost" else float(mean[0])
             self._deviation = float(variance[0]) ** 0.5
 

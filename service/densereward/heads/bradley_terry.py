@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, ScoreHead, in_float32
+from densereward.heads.base import Checkpoint, PositionHead, in_float32, refuse_several_labels
 
 __all__ = ["BradleyTerryHead"]
 
 
-class BradleyTerryHead(ScoreHead):
+class BradleyTerryHead(PositionHead):
     """The linear score layer.
 
     Raises:
@@ -36,9 +36,7 @@ class BradleyTerryHead(ScoreHead):
     @classmethod
     def model_class(cls, checkpoint: Checkpoint) -> Any:
         """Transformers' own."""
-        labels = checkpoint.config.num_labels
-        if labels != 1:
-            raise ModelError(f"num_labels = {labels}; a reward model that scores sequences has 1")
+        refuse_several_labels(checkpoint.config)
         return AutoModelForSequenceClassification
 
     def __init__(self, model: PreTrainedModel) -> None:

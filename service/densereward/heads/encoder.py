@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Float, Float32
-from torch import Tensor
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForSequenceClassification, PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, ScoreHead
+from densereward.heads.base import Checkpoint, ScoreHead, refuse_several_labels
 
 __all__ = ["EncoderHead"]
 
@@ -51,20 +49,11 @@ class EncoderHead(ScoreHead):
     @classmethod
     def model_class(cls, checkpoint: Checkpoint) -> Any:
         """Transformers' own."""
-        labels, kind = checkpoint.config.num_labels, checkpoint.config.model_type
+        kind = checkpoint.config.model_type
         if kind not in _TRIED:  # some attend to a part of the text alone, or change their ways with its length
             raise ModelError(f"{kind} was not tried as an encoder of pairs; {', '.join(_TRIED)} were")
-        if labels != 1:
-            raise ModelError(f"num_labels = {labels}; a reward model that scores sequences has 1")
+        refuse_several_labels(checkpoint.config)
         return AutoModelForSequenceClassification
 
     def __init__(self, model: PreTrainedModel) -> None:
-        pass
-
-    def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:  # noqa: ARG002
-        """Not to be had of single positions.
-
-        Raises:
-            ModelError: always.
-        """
-        raise ModelError(f"{self.name} reads whole texts")
+        """Nothing is taken from the model, which computes its score itself."""

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, ScoreHead, in_float32
+from densereward.heads.base import Checkpoint, DecoderHead, decoder_class, in_float32
 
 __all__ = ["GatedHead"]
 
 _GATE = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
-class GatedHead(ScoreHead):
+class GatedHead(DecoderHead):
     """Objectives and the gate over them.
 
     Raises:
@@ -47,9 +47,7 @@ class GatedHead(ScoreHead):
     @classmethod
     def model_class(cls, checkpoint: Checkpoint) -> Any:
         """The decoder with the gate's modules under the names that checkpoints have."""
-        if type(checkpoint.config) not in MODEL_MAPPING:
-            raise ModelError(f"transformers has no decoder for {checkpoint.config.model_type}")
-        decoder: Any = MODEL_MAPPING[type(checkpoint.config)]
+        decoder = decoder_class(checkpoint)
         family: Any = decoder.__bases__[0]
         shapes = checkpoint.shapes
 
@@ -78,14 +76,6 @@ class GatedHead(ScoreHead):
         size = len(self._mixing)
         if self._mixing.shape != (size, size) or self._objectives.out_features % size:
             raise ModelError(f"{self._objectives.out_features} outputs are not for {size} objectives")
-
-    def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:  # noqa: ARG002
-        """Not to be had without the gate.
-
-        Raises:
-            ModelError: always.
-        """
-        raise ModelError(f"{self.name} reads a score in two places")
 
     def parts(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import Head
+from densereward.heads.output_embedding import output_embedding
 from densereward.heads.products import product
 
 __all__ = ["LanguageModelHead"]
@@ -30,7 +30,7 @@ _KNOWN = {"final_logit_softcapping", "logit_scale", "logits_scaling", "attn_logi
 _ABOUT_LOGITS = re.compile(r"logit|soft_?cap|lm_head_mult")
 
 
-class LanguageModelHead(Head):
+class LanguageModelHead:
     """The output embedding of a causal language model.
 
     Raises:
@@ -40,9 +40,7 @@ class LanguageModelHead(Head):
     name = "language_model"
 
     def __init__(self, model: PreTrainedModel) -> None:
-        layer: Any = model.get_output_embeddings()
-        if layer is None:
-            raise ModelError(f"{type(model).__name__} has no output embedding; it is no causal language model")
+        layer = output_embedding(model, "output embedding; it is no causal language model")
         config = model.config.get_text_config()
         _refuse_unknown(config.to_dict())
         self._weight: Tensor = layer.weight.detach()

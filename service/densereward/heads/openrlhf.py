@@ -12,8 +12,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, LayersHead, decoder_with
+from densereward.heads.base import Checkpoint, LayersHead, decoder_with, normaliser
 
 __all__ = ["OpenRlhfHead"]
 
@@ -43,11 +42,8 @@ class OpenRlhfHead(LayersHead):
         config: Any = model.config
         self._take(model, _layer(config))
         self._mean, self._deviation = 0.0, 1.0
-        if getattr(config, "normalize_reward", False):
-            mean, deviation = getattr(config, "mean", None), getattr(config, "std", None)
-            if mean is None or not deviation:
-                raise ModelError("normalize_reward is set, and the config has no `mean` and `std` to normalise by")
-            self._mean, self._deviation = float(mean), float(deviation)
+        if figures := normaliser(config, "normalize_reward", "mean", "std"):
+            self._mean, self._deviation = (float(figure) for figure in figures)
 
     def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
         """Normalised where the config says so."""

@@ -10,12 +10,28 @@ from typing import Any, ClassVar
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, ScoreHead
+from densereward.heads.base import Checkpoint, PositionHead
 
-__all__ = ["OutputEmbeddingHead"]
+__all__ = ["OutputEmbeddingHead", "output_embedding"]
 
 
-class OutputEmbeddingHead(ScoreHead):
+def output_embedding(model: PreTrainedModel, needed: str) -> Any:
+    """A model's output embedding: `weight` [V, E] and `bias` [V], or None.
+
+    Args:
+        model: the model.
+        needed: what the caller needs, for the message where there is none.
+
+    Raises:
+        ModelError: there is none.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise ModelError(f"{type(model).__name__} has no {needed}")
+    return layer
+
+
+class OutputEmbeddingHead(PositionHead):
     """Finds the output embedding.
 
     Attributes:
@@ -43,7 +59,6 @@ class OutputEmbeddingHead(ScoreHead):
         return True
 
     def __init__(self, model: PreTrainedModel) -> None:
-        layer: Any = model.get_output_embeddings()
-        if layer is None or not self.holds(layer):
+        self._layer = output_embedding(model, self.wanted)
+        if not self.holds(self._layer):
             raise ModelError(f"{type(model).__name__} has no {self.wanted}")
-        self._layer = layer

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, ScoreHead, good_label, in_float32
+from densereward.heads.base import Checkpoint, PositionHead, good_label, in_float32
 
 __all__ = ["TokenClassifierHead"]
 
 
-class TokenClassifierHead(ScoreHead):
+class TokenClassifierHead(PositionHead):
     """The linear layer of a token classifier with one label or two.
 
     Raises:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, ScoreHead, decoder_with, in_float32
+from densereward.heads.base import Checkpoint, PositionHead, decoder_with, in_float32
 
 __all__ = ["UrmHead"]
 
 
-class UrmHead(ScoreHead):
+class UrmHead(PositionHead):
     """Attributes and the layers that weigh them.
 
     Raises:

@@ -20,6 +20,7 @@ from densereward.capture import Need
 from densereward.engines.torch.attention import Replay
 from densereward.engines.torch.packing import Look, PackedBatch
 from densereward.errors import EngineFailure
+from densereward.heads.base import DecoderHead
 
 __all__ = ["check_same", "contributions"]
 
@@ -28,7 +29,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 
 
 def contributions(
-    backbone: Any, head: Any, packed: PackedBatch, read: Float[Tensor, "R E"], gates: Float[Tensor, "B E"]
+    backbone: Any, head: DecoderHead, packed: PackedBatch, read: Float[Tensor, "R E"], gates: Float[Tensor, "B E"]
 ) -> dict[Need, Float32[Tensor, " K"]]:
     """The contributions that a batch needs, laid out as `packed.row_keys`.
 

@@ -6,8 +6,7 @@ import logging
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,15 +28,16 @@ from densereward.capture import (
     StepScores,
     Variants,
 )
+from densereward.engines.captured import from_positions
 from densereward.engines.torch.exact import in_float32_arithmetic
-from densereward.engines.torch.facts import facts_of, prepare
+from densereward.engines.torch.facts import facts_of, prepare, with_head
 from densereward.engines.torch.gradients import gradients
 from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_scorer
 from densereward.engines.torch.packing import counted_from_0
 from densereward.engines.torch.passes import Passes, Result
 from densereward.engines.torch.pieces import write_out
 from densereward.errors import EngineFailure
-from densereward.heads.base import ScoreHead
+from densereward.heads.base import DecoderHead
 from densereward.heads.bradley_terry import BradleyTerryHead
 
 __all__ = ["TorchEngine"]
@@ -68,21 +68,12 @@ class TorchEngine:
         batch_tokens: int | None = None,
         prompt_cache: int = 0,
         separator: str | None = None,
-        head: ScoreHead | None = None,
+        head: DecoderHead | None = None,
     ) -> None:
         self._model: Any = model
         prepare(model)
-        self._head: ScoreHead = head or BradleyTerryHead(model)
-        steps = self._head.written_in(separator)
-        self.facts = replace(
-            facts_of(model, self._head.name, longest, batch_tokens),
-            unit=self._head.unit if steps is None else "step",
-            steps=steps,
-            score_token=self._head.score_token,
-            tokens=self._head.tokens,
-            notice=self._head.notice,
-            gate=self._head.gate,
-        )
+        self._head = head or BradleyTerryHead(model)
+        self.facts = with_head(facts_of(model, self._head.name, longest, batch_tokens), self._head, separator)
         # A gate is read in the same pass as what it weighs: nothing of a prompt is kept, and nothing runs in pieces.
         gated = self.facts.gate is not None
         tokens, cache = (sys.maxsize, 0) if gated else (self.facts.batch_tokens, prompt_cache)
@@ -129,7 +120,8 @@ class TorchEngine:
         """
         chosen = choose_device(device)
         model, read_by = load_scorer(source, revision, chosen, choose_dtype(dtype, chosen), head, pickled=pickled)
-        return cls(model, longest, batch_tokens, prompt_cache, separator, read_by)
+        # What packs is a decoder; others are refused while they are loaded.
+        return cls(model, longest, batch_tokens, prompt_cache, separator, cast("DecoderHead", read_by))
 
     @property
     def provides(self) -> frozenset[Need]:
@@ -188,17 +180,9 @@ class TorchEngine:
         with torch.inference_mode():
             parts = self._head.parts(hidden, hidden[[sequence.gate]], [0] * len(hidden))
             scores = parts.sum(dim=0).cpu().numpy()
-        start, stop = sequence.prompt_length, sequence.response_stop
-        wanted = [need for need in sequence.needs if isinstance(need, AttentionRow)]
         steps = scores[list(sequence.steps)]
-        return Captured(
-            reward=float(scores[sequence.scored_position] if self.facts.unit != "token" else steps.mean()),
-            length=sequence.response_length,
-            prefixes={"open": Prefixes(float(scores[start - 1]), scores[start:stop])}
-            if PrefixScores("open") in sequence.needs
-            else {},
-            attention_rows={need.layer: rows[need.layer].cpu().numpy()[start:stop] for need in wanted},
-        )
+        reward = float(scores[sequence.scored_position] if self.facts.unit != "token" else steps.mean())
+        return from_positions(sequence, reward, scores, lambda layer: rows[layer].cpu().numpy())
 
     def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         """`forward`, computed in float32 on the weights as they are.

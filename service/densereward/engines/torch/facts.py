@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,8 +11,9 @@ from densereward.engines.base import EngineFacts
 from densereward.engines.torch.linear import speed_up
 from densereward.engines.torch.loading import max_length, weights_fingerprint
 from densereward.engines.torch.memory import keep_freed_memory
+from densereward.heads.base import ScoreHead
 
-__all__ = ["facts_of", "prepare", "special_ids"]
+__all__ = ["facts_of", "prepare", "special_ids", "with_head"]
 
 # On a CPU, larger passes gain nothing; a GPU needs them to be busy.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -54,6 +56,26 @@ def facts_of(
         weights_fingerprint=weights_fingerprint(model),
         weights_bytes=sum(each.numel() * each.element_size() for each in model.parameters()),
         special_ids=special_ids(model.config),
+    )
+
+
+def with_head(facts: EngineFacts, head: ScoreHead, separator: str | None) -> EngineFacts:
+    """The facts of a reward model: those of its decoder or encoder, and those of its head.
+
+    Args:
+        facts: from `facts_of`.
+        head: the score head.
+        separator: what ends each step, if the model is a token classifier that was trained on steps.
+    """
+    steps = head.written_in(separator)
+    return replace(
+        facts,
+        unit=head.unit if steps is None else "step",
+        steps=steps,
+        score_token=head.score_token,
+        tokens=head.tokens,
+        notice=head.notice,
+        gate=head.gate,
     )
 
 

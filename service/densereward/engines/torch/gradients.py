@@ -11,11 +11,12 @@ from jaxtyping import Float32
 from densereward.capture import ScoringInput
 from densereward.engines.torch.attention import Alone
 from densereward.engines.torch.contributions import check_same
+from densereward.heads.base import DecoderHead
 
 __all__ = ["gradients"]
 
 
-def gradients(model: Any, head: Any, sequence: ScoringInput, score: float) -> Float32[np.ndarray, " T"]:
+def gradients(model: Any, head: DecoderHead, sequence: ScoringInput, score: float) -> Float32[np.ndarray, " T"]:
     """Gradient times embedding, the padding token's taken off it, for each token of the response.
 
     Args:

@@ -94,7 +94,7 @@ class LanguageModel:
             ModelError: the model cannot be loaded or read as a language model.
         """
         chosen = choose_device(device)
-        model = load_language_model(source, None, chosen, choose_dtype(dtype, chosen), pickled=pickled)
+        model = load_language_model(source, chosen, choose_dtype(dtype, chosen), pickled=pickled)
         return cls(model, longest, batch_tokens, prompt_cache)
 
     @property

@@ -113,7 +113,7 @@ def _load_adapter(
     """A LoRA adapter on its base, which need not have a score head if the adapter brings one."""
     base = str(adapter["base_model_name_or_path"])
     brought = saved_modules(source, revision)
-    config = read_config(base, None)
+    config = read_config(base)
     outputs = {shape[0] for name, shape in brought.items() if re.search(r"(^|\.)(score|classifier)\.weight$", name)}
     if outputs:
         config.num_labels = outputs.pop()
@@ -134,19 +134,19 @@ def _load_adapter(
 
 
 def load_language_model(
-    source: str, revision: str | None, device: torch.device, dtype: torch.dtype, *, pickled: bool = False
+    source: str, device: torch.device, dtype: torch.dtype, *, pickled: bool = False
 ) -> PreTrainedModel:
     """A `*ForCausalLM` model from a folder or a hub id, ready for packed batches.
 
     Raises:
         ModelError: no such model, another kind of model, or weights that its files do not hold.
     """
-    weight_shapes(source, revision, pickled=pickled)  # refuses what must not be read
-    config = read_config(source, revision)
-    return _load(AutoModelForCausalLM, source, revision, config, device, dtype, pickled=pickled)
+    weight_shapes(source, pickled=pickled)  # refuses what must not be read
+    config = read_config(source)
+    return _load(AutoModelForCausalLM, source, None, config, device, dtype, pickled=pickled)
 
 
-def read_config(source: str, revision: str | None, *, quantised: bool = False) -> PretrainedConfig:
+def read_config(source: str, revision: str | None = None, *, quantised: bool = False) -> PretrainedConfig:
     """The config; code that comes with a model is never run.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from densereward.capture import ScoringInput
-from densereward.errors import EngineFailure
+from densereward.engines.torch.failures import as_engine_failures
 
 __all__ = ["OwnAttention", "failures"]
 
@@ -91,18 +91,6 @@ def _only_rows(model: Any, place: int) -> Iterator[None]:
             del module.forward
 
 
-@contextmanager
-def failures() -> Iterator[None]:
-    """What torch raises, as what an engine raises.
-
-    Raises:
-        EngineFailure: torch failed.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise EngineFailure(
-            "the device's memory is too small for this sequence; set --max-length lower", code="out_of_memory"
-        ) from error
-    except (RuntimeError, IndexError) as error:
-        raise EngineFailure(f"the forward pass failed: {error}") from error
+def failures() -> AbstractContextManager[None]:
+    """Turn what torch raises in such a pass into an `EngineFailure`."""
+    return as_engine_failures("--max-length", (RuntimeError, IndexError))

@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 
 from densereward.capture import AttentionRow, Need, Objectives, ScoringInput
 from densereward.engines.torch.contributions import contributions
+from densereward.engines.torch.failures import as_engine_failures
 from densereward.engines.torch.kept import KeptKeys, Prompt, PromptKeys
 from densereward.engines.torch.packing import PackedBatch, pack
 from densereward.engines.torch.pieces import Piece, WrittenOut, in_pieces, write_out
 from densereward.errors import CannotPack, EngineFailure
-from densereward.heads.base import Head
+from densereward.heads.base import DecoderHead, PositionHead
+from densereward.heads.language_model import LanguageModelHead
 
 __all__ = ["Passes", "Result"]
 
@@ -76,9 +78,16 @@ class Passes:
         prompt_cache: bytes for the keys of prompts that come again; 0 runs every prompt anew.
     """
 
-    def __init__(self, model: PreTrainedModel, head: Head, layers: int, batch_tokens: int, prompt_cache: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: DecoderHead | LanguageModelHead,
+        layers: int,
+        batch_tokens: int,
+        prompt_cache: int,
+    ) -> None:
         self.backbone: Any = model.base_model
-        self._head: Any = head
+        self._head = head
         self._device = model.device
         self._family = type(model).__name__
         self._config: Any = model.config
@@ -143,21 +152,18 @@ class Passes:
 
     @contextmanager
     def failures(self) -> Iterator[None]:
-        """What torch raises, as what an engine raises.
+        """Turn torch's errors into an `EngineFailure`, and where memory ran out, empty the prompt cache.
 
         Raises:
             EngineFailure: torch failed.
         """
         try:
-            yield
-        except torch.OutOfMemoryError as error:
-            self._prompts.clear()
-            raise EngineFailure(
-                "the device's memory is too small for this sequence; set --max-batch-tokens or --max-length lower",
-                code="out_of_memory",
-            ) from error
-        except RuntimeError as error:
-            raise EngineFailure(f"the forward pass failed: {error}") from error
+            with as_engine_failures("--max-batch-tokens or --max-length"):
+                yield
+        except EngineFailure as failure:
+            if isinstance(failure.__cause__, torch.OutOfMemoryError):
+                self._prompts.clear()
+            raise
 
     def close(self) -> None:
         """Let the model and the kept keys go."""
@@ -168,12 +174,16 @@ class Passes:
         self, hidden: Float[Tensor, "M E"], gates: Float[Tensor, "_ E"], packed: PackedBatch
     ) -> tuple[Float32[Tensor, " M"], Float32[Tensor, "K M"]]:
         """What the head says at every read place; where that is a sum over objectives, also the parts."""
-        if not self._head.objectives:
-            reads = self._head.read(hidden, packed.following)
+        head = self._head
+        if isinstance(head, LanguageModelHead):
+            reads = head.read(hidden, packed.following)
+            return reads, reads.new_zeros(0, len(reads))
+        if isinstance(head, PositionHead) and not head.objectives:
+            reads = head.scores(hidden)
             return reads, reads.new_zeros(0, len(reads))
         reads_each = torch.tensor([len(each.read_slots) for each in packed.placed], device=self._device)
         owner = torch.arange(len(reads_each), device=self._device).repeat_interleave(reads_each)
-        parts = self._head.parts(hidden, gates, owner)
+        parts = head.parts(hidden, gates, owner)
         return parts.sum(dim=0), parts if self._wants_objectives(packed) else parts[:0]
 
     @staticmethod
@@ -199,10 +209,12 @@ class Passes:
         hidden = self.backbone(
             input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
         ).last_hidden_state[0]
-        gates = hidden[packed.gates] if self._head.gate is not None else hidden[:0]
+        head = self._head
+        gated = isinstance(head, DecoderHead) and head.gate is not None
+        gates = hidden[packed.gates] if gated else hidden[:0]
         reads, objectives = self._read(hidden[packed.read], gates, packed)
-        if packed.contributions:
-            packed.rows.update(contributions(self.backbone, self._head, packed, hidden[packed.scored], gates))
+        if packed.contributions and isinstance(head, DecoderHead):
+            packed.rows.update(contributions(self.backbone, head, packed, hidden[packed.scored], gates))
         if packed.row_needs != packed.rows.keys() or None in packed.sums.values():
             raise EngineFailure(f"{self._family} did not run its attention in all the layers that are needed")
         _hand_out(packed, results, reads, objectives)

@@ -22,31 +22,35 @@ from densereward.capture import (
     AttentionRow,
     Captured,
     Need,
-    Prefixes,
-    PrefixMode,
     PrefixScores,
     ScoringInput,
     StepScores,
     Variants,
 )
 from densereward.engines.base import TOLERANCE
+from densereward.engines.captured import from_positions
 from densereward.engines.torch.exact import all_in_float32
-from densereward.engines.torch.facts import facts_of
+from densereward.engines.torch.facts import facts_of, with_head
 from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_scorer
 from densereward.engines.torch.own_attention import OwnAttention, failures
 from densereward.engines.torch.probes import gives_rows, has_fused, is_causal
 from densereward.errors import EngineFailure, ModelError
-from densereward.heads.base import ScoreHead
+from densereward.heads.base import PositionHead, ScoreHead
 
 __all__ = ["UnpackedEngine"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What a pass gives for one sequence: scores of all positions, or one of the text; each layer's scored row."""
+    """What a pass gives for one sequence.
+
+    Attributes:
+        scores: of all its positions, or one of the whole text.
+        rows: the scored token's row in each layer, if the pass was asked for rows.
+    """
 
     scores: Float32[np.ndarray, " _"]
-    rows: Float32[np.ndarray, "A S"] | None
+    rows: Float32[np.ndarray, "A S"]
 
 
 class UnpackedEngine:
@@ -73,24 +77,19 @@ class UnpackedEngine:
         batch_tokens: int | None = None,
         separator: str | None = None,
     ) -> None:
-        if head.gate is not None:
-            raise ModelError(why)
-        model.requires_grad_(False)
-        self._head = head
         self._whole = head.pooling == "text"
+        self._head = head if isinstance(head, PositionHead) else None
+        if self._head is None and not self._whole:
+            raise ModelError(why)  # a gate is read in the packed pass
+        model.requires_grad_(False)
         if self._whole:
             _widen_head(model)
-        steps = head.written_in(separator)
         facts = facts_of(model, head.name, longest, batch_tokens)
         self.facts = replace(
-            facts,
+            with_head(facts, head, separator),
             engine="unpacked",
             max_length=min(facts.max_length, _positions(model)),
-            unit=head.unit if steps is None else "step",
-            steps=steps,
             notice=head.notice or f"it runs in transformers' own attention, not packed with others: {why}",
-            score_token=head.score_token,
-            tokens=head.tokens,
             reads_pairs=self._whole,
             reencodes=True,
             shares_prompts=False,
@@ -201,46 +200,38 @@ class UnpackedEngine:
         """One pass."""
         wanted = any(map(_wants_rows, batch))
         output = self._attention.output(batch, rows=wanted, eager=eager)
-        if self._whole:
+        if self._head is None:
             scores: Tensor = output.logits.float()
         else:
-            scores = torch.stack([self._scores(hidden) for hidden in output.last_hidden_state])
+            scores = torch.stack([_scores(self._head, hidden) for hidden in output.last_hidden_state])
         on_host = scores.cpu().numpy()
-        rows = [self._scored_rows(output.attentions, i, each) if wanted else None for i, each in enumerate(batch)]
-        return [_Read(on_host[i], rows[i]) for i in range(len(batch))]
+        rows = (self._scored_rows(output.attentions if wanted else (), i, each) for i, each in enumerate(batch))
+        return [_Read(*each) for each in zip(on_host, rows, strict=True)]
 
     def _scores_alone(self, sequence: ScoringInput) -> Float32[np.ndarray, " _"]:
         with torch.inference_mode(), failures():
             return self._run([sequence])[0].scores
 
-    def _scores(self, hidden: Tensor) -> Float32[Tensor, " S"]:
-        """Of every position of one sequence."""
-        scores = self._head.scores(hidden)
-        if self._head.pooling == "mean":
-            scores = scores.cumsum(0) / torch.arange(1, len(scores) + 1, device=scores.device)
-        return scores
-
     def _scored_rows(self, attentions: Sequence[Tensor], index: int, sequence: ScoringInput) -> Any:
-        rows = [each[index, :, 0, : len(sequence.token_ids)].float().mean(dim=0) for each in attentions]
-        return torch.stack(rows).cpu().numpy()
+        length = len(sequence.token_ids)
+        rows = [each[index, :, 0, :length].float().mean(dim=0) for each in attentions]
+        return torch.stack(rows).cpu().numpy() if rows else np.zeros((0, length), np.float32)
 
     def _captured(self, sequence: ScoringInput, read: _Read) -> Captured:
         """In the form that methods read."""
-        start, stop = sequence.prompt_length, sequence.response_stop
-        prefixes: dict[PrefixMode, Prefixes] = {}
-        if PrefixScores("open") in sequence.needs:
-            before = float(read.scores[start - 1]) if start else None
-            prefixes["open"] = Prefixes(before, read.scores[start:stop])
-        wanted = [need.layer for need in sequence.needs if isinstance(need, AttentionRow)]
         steps = read.scores[list(sequence.steps)]
         own = float(read.scores[0] if self._whole else read.scores[sequence.scored_position])
-        return Captured(
-            reward=float(steps.mean(dtype=np.float64)) if self.facts.unit == "token" else own,
-            length=sequence.response_length,
-            prefixes=prefixes,
-            step_scores=steps if StepScores() in sequence.needs else None,
-            attention_rows={} if read.rows is None else {layer: read.rows[layer][start:stop] for layer in wanted},
-        )
+        reward = float(steps.mean(dtype=np.float64)) if self.facts.unit == "token" else own
+        step_scores = steps if StepScores() in sequence.needs else None
+        return from_positions(sequence, reward, read.scores, lambda layer: read.rows[layer], step_scores)
+
+
+def _scores(head: PositionHead, hidden: Tensor) -> Float32[Tensor, " S"]:
+    """Of every position of one sequence."""
+    scores = head.scores(hidden)
+    if head.pooling == "mean":
+        scores = scores.cumsum(0) / torch.arange(1, len(scores) + 1, device=scores.device)
+    return scores
 
 
 def _wants_rows(sequence: ScoringInput) -> bool:

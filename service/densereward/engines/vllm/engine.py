@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixMode, PrefixScores, ScoringInput, Variants
+from densereward.capture import AttentionRow, Captured, Need, PrefixScores, ScoringInput, Variants
 from densereward.engines.base import EngineFacts
+from densereward.engines.captured import from_positions
 from densereward.engines.torch.facts import special_ids
 from densereward.engines.torch.loading import Dtype
 from densereward.engines.vllm.checks import check_engine
@@ -196,7 +197,8 @@ class VllmEngine:
         for layers in _few(wanted) or [()]:
             given = await self._pooled(sequence, Asked(layers), everywhere=everywhere)
             rows |= dict(zip(layers, given[:, 1:].T, strict=True))
-        return _captured(sequence, given[:, 0], rows, self.facts.layers)
+        scores = given[:, 0]
+        return from_positions(sequence, float(scores[-1]), scores, lambda layer: rows[layer % self.facts.layers])
 
     async def row_errors(self, sequence: ScoringInput, layers: Sequence[int]) -> dict[int, float]:
         """How far each layer's row is from giving what its kernel computed; see `vllm_worker`.
@@ -253,20 +255,6 @@ class VllmEngine:
 def _few(layers: Sequence[int]) -> list[tuple[int, ...]]:
     """Layers whose rows are taken together: the keys of each are kept until a sequence is whole."""
     return [tuple(layers[i : i + _TOGETHER]) for i in range(0, len(layers), _TOGETHER)]
-
-
-def _captured(sequence: ScoringInput, scores: Float32[np.ndarray, " _"], rows: dict[int, Any], layers: int) -> Captured:
-    start, stop = sequence.prompt_length, sequence.response_stop
-    prefixes: dict[PrefixMode, Prefixes] = {}
-    if PrefixScores("open") in sequence.needs:
-        prefixes["open"] = Prefixes(float(scores[start - 1]) if start else None, scores[start:stop])
-    wanted = [need.layer for need in sequence.needs if isinstance(need, AttentionRow)]
-    return Captured(
-        reward=float(scores[-1]),
-        length=sequence.response_length,
-        prefixes=prefixes,
-        attention_rows={layer: rows[layer % layers][start:stop] for layer in wanted},
-    )
 
 
 async def _started(arguments: Any) -> Any:
