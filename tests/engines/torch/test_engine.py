@@ -29,7 +29,8 @@ from densereward.capture import (
 )
 from densereward.engines.torch.engine import TorchEngine
 from densereward.engines.torch.kept import KeptKeys, PromptKeys
-from densereward.engines.torch.packing import PackedBatch, pack
+from densereward.engines.torch.packed_batch import PackedBatch
+from densereward.engines.torch.packing import pack
 from densereward.engines.torch.pieces import Piece, write_out
 from densereward.errors import EngineFailure, ModelError
 

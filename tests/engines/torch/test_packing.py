@@ -6,7 +6,8 @@ import torch
 
 from densereward.capture import AttentionRow, PrefixScores, ScoringInput
 from densereward.engines.torch.kept import KeptKeys
-from densereward.engines.torch.packing import PackedBatch, pack
+from densereward.engines.torch.packed_batch import PackedBatch
+from densereward.engines.torch.packing import pack
 from densereward.engines.torch.pieces import Piece, in_pieces, write_out
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from densereward.engines.vllm.worker import Asked, Rows, attended
+from densereward.engines.vllm.rows import Asked, attended
+from densereward.engines.vllm.worker import Rows
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 

@@ -32,7 +32,7 @@ from densereward.engines.torch.kernels import (
     explicit,
     visible_keys,
 )
-from densereward.engines.torch.packing import PackedBatch, Placed
+from densereward.engines.torch.packed_batch import PackedBatch, Placed
 from densereward.engines.torch.rows import keep
 from densereward.errors import EngineFailure
 

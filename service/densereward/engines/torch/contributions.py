@@ -18,7 +18,7 @@ from torch import Tensor
 
 from densereward.capture import Need
 from densereward.engines.torch.attention import Replay
-from densereward.engines.torch.packing import Look, PackedBatch
+from densereward.engines.torch.packed_batch import Look, PackedBatch
 from densereward.errors import EngineFailure
 from densereward.heads.base import DecoderHead
 

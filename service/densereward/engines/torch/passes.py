@@ -17,7 +17,8 @@ from densereward.capture import AttentionRow, Need, Objectives, ScoringInput
 from densereward.engines.torch.contributions import contributions
 from densereward.engines.torch.failures import as_engine_failures
 from densereward.engines.torch.kept import KeptKeys, Prompt, PromptKeys
-from densereward.engines.torch.packing import PackedBatch, pack
+from densereward.engines.torch.packed_batch import PackedBatch
+from densereward.engines.torch.packing import pack
 from densereward.engines.torch.pieces import Piece, WrittenOut, in_pieces, write_out
 from densereward.errors import CannotPack, EngineFailure
 from densereward.heads.base import DecoderHead, PositionHead

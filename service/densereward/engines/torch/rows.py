@@ -8,7 +8,7 @@ from torch import Tensor
 
 from densereward.capture import AttentionRow, Contributions
 from densereward.engines.torch.kernels import QUERY_BLOCK, Variant, explicit_weights, visible_keys
-from densereward.engines.torch.packing import Look, PackedBatch, Placed
+from densereward.engines.torch.packed_batch import Look, PackedBatch, Placed
 
 __all__ = ["keep"]
 

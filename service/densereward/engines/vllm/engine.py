@@ -20,14 +20,13 @@ import torch
 from jaxtyping import Float32
 
 from densereward.capture import AttentionRow, Captured, Need, PrefixScores, ScoringInput, Variants
-from densereward.engines.base import EngineFacts
 from densereward.engines.captured import from_positions
-from densereward.engines.torch.facts import special_ids
 from densereward.engines.torch.loading import Dtype
 from densereward.engines.vllm.checks import check_engine
+from densereward.engines.vllm.facts import facts_of, layers_with_rows
 from densereward.engines.vllm.loop_thread import LoopThread
 from densereward.engines.vllm.model import Served, check_installed, engine_arguments, served
-from densereward.engines.vllm.worker import Asked
+from densereward.engines.vllm.rows import Asked
 from densereward.errors import EngineDied, EngineFailure, ModelError
 
 __all__ = ["VllmEngine"]
@@ -74,8 +73,8 @@ class VllmEngine:
             self._thread.close()
             raise
         try:
-            self._rows, missing = _rows(self._thread.run(self._llm.collective_rpc("densereward_watch")))
-            self.facts = _facts(model, self._llm, missing)
+            self._rows, missing = layers_with_rows(self._thread.run(self._llm.collective_rpc("densereward_watch")))
+            self.facts = facts_of(model, self._llm, missing)
             self._thread.run(check_engine(self, self._rows))
         except Exception:  # whatever it is, vLLM's processes must not stay
             self.close()
@@ -268,32 +267,3 @@ async def _started(arguments: Any) -> Any:
 
 async def _shut_down(llm: Any) -> None:
     llm.shutdown()
-
-
-def _rows(watched: Sequence[dict[str, Any]]) -> tuple[list[int], dict[int, str]]:
-    """Layers whose rows all workers can give, and why the others' cannot be had."""
-    layers = set.intersection(*(set(each["layers"]) for each in watched))
-    return sorted(layers), {layer: why for each in watched for layer, why in each["missing"].items()}
-
-
-def _facts(model: Served, llm: Any, missing: dict[int, str]) -> EngineFacts:
-    config = model.config.get_text_config()
-    described = ", ".join(f"{layer} ({why})" for layer, why in sorted(missing.items()))
-    return EngineFacts(
-        engine="vllm",
-        family=next(iter(model.config.architectures)),
-        head=model.head,
-        device=str(llm.vllm_config.device_config.device_type),
-        dtype=str(llm.model_config.dtype).removeprefix("torch."),
-        max_length=llm.model_config.max_model_len,
-        vocabulary_size=config.vocab_size,
-        layers=config.num_hidden_layers,
-        batch_tokens=llm.vllm_config.scheduler_config.max_num_batched_tokens,
-        pair_cost=0.0,
-        weights_fingerprint=model.fingerprint,
-        weights_bytes=model.size,
-        special_ids=special_ids(model.config),
-        notice=f"no attention rows can be had of layers {described}" if missing else None,
-        shares_prompts=False,
-        advice="--engine torch gives closed prefixes, contributions, received attention and gradients",
-    )

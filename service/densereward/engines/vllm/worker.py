@@ -16,7 +16,7 @@ goes wrong here costs a request its columns, which the engine misses, and never 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,36 +24,15 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-__all__ = ["Asked", "Rows", "RowsExtension", "attended"]
+from densereward.engines.vllm.layers import attention_layers
+from densereward.engines.vllm.rows import Asked, attended, off, over_ranks
+
+__all__ = ["Rows", "RowsExtension"]
 
 logger = logging.getLogger("vllm.densereward")
 
 _KEPT = "densereward_keys"
 """Under this name a request's pooling state holds what its earlier chunks left."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a request wants, as it travels in its pooling parameters.
-
-    Attributes:
-        layers: of which rows are wanted, counted from 0.
-        checks: whether each row is to be compared with what the layer's kernel gave.
-    """
-
-    layers: tuple[int, ...] = ()
-    checks: bool = False
-
-    @property
-    def written(self) -> dict[str, Any] | None:
-        """As pooling parameters carry it; None where nothing is wanted."""
-        return {"densereward": [list(self.layers), self.checks]} if self.layers else None
-
-    @classmethod
-    def read(cls, parameters: Any) -> Asked:
-        """From pooling parameters, whoever made them."""
-        written = (getattr(parameters, "extra_kwargs", None) or {}).get("densereward")
-        return cls(tuple(written[0]), bool(written[1])) if written else cls()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +70,7 @@ class RowsExtension:
         from vllm.distributed import get_tp_group
 
         worker: Any = self
-        layers, missing = _attention_layers(worker.vllm_config)
+        layers, missing = attention_layers(worker.vllm_config)
         rows = Rows(layers, get_tp_group())
         for index, layer in layers.items():
             layer.impl.forward = rows.around_kernel(index, layer.impl.forward)
@@ -199,7 +178,7 @@ class Rows:
                 if kept is not None:
                     columns[i] = self._columns(asked, kept, stop - 1)
                 _forget(state)
-        return _over_ranks(columns, wanted, self._ranks)
+        return over_ranks(columns, wanted, self._ranks)
 
     def _keep(self, state: Any, asked: Asked, tokens: slice, start: int) -> dict[int, _Chunks] | None:
         """This pass's part of a request, behind those of earlier ones; None if any of them was lost."""
@@ -221,43 +200,9 @@ class Rows:
             weights = attended(self._layers[layer], seen.query[scored], torch.cat(chunks.keys))
             rows.append(weights.mean(dim=(0, 1)))
             if asked.checks and seen.output is not None:
-                error = _off(weights, torch.cat(chunks.values), seen.output[scored])
+                error = off(weights, torch.cat(chunks.values), seen.output[scored])
                 errors.append(error.expand(len(rows[-1])))
         return torch.stack([*rows, *errors], dim=1)
-
-
-def attended(layer: Any, query: Float[Tensor, "H D"], keys: Float[Tensor, "S K D"]) -> Float32[Tensor, "K G S"]:
-    """The attention weights of a sequence's last token, for each of G query heads on each of K key heads.
-
-    Args:
-        layer: vLLM's attention layer, for its scale, window, soft cap and sinks.
-        query: of the last token.
-        keys: of all tokens up to and with it.
-    """
-    implementation, length = layer.impl, len(keys)
-    grouped = query.float().view(keys.shape[1], -1, query.shape[-1])
-    scores: Tensor = torch.einsum("kgd,skd->kgs", grouped, keys.float()) * implementation.scale
-    if cap := getattr(implementation, "logits_soft_cap", None):
-        scores = cap * torch.tanh(scores / cap)
-    if (window := layer.sliding_window) is not None and window < length:
-        scores[..., : length - window] = -torch.inf
-    sinks = getattr(implementation, "sinks", None)
-    if sinks is None:
-        return scores.softmax(dim=-1)
-    with_sink = torch.cat([sinks.float().view(*scores.shape[:2], 1), scores], dim=-1)
-    weights: Tensor = with_sink.softmax(dim=-1)[..., 1:]
-    return weights
-
-
-def _off(
-    weights: Float32[Tensor, "K G S"], values: Float[Tensor, "S K V"], output: Float[Tensor, "H V"]
-) -> Float32[Tensor, ""]:
-    """How far the weighted values of the worst head are from what the kernel gave, of what it added up."""
-    own, added = (
-        torch.einsum("kgs,skv->kgv", weights, each).flatten(0, 1) for each in (values.float(), values.float().abs())
-    )
-    off = (own - output.float().view(own.shape)).abs().amax(dim=-1)
-    return (off / added.amax(dim=-1).clamp_min(1e-6)).max()
 
 
 def _starts(cursor: Any) -> list[int]:
@@ -281,58 +226,3 @@ def _forget(state: Any) -> None:
 
 def _appended(scores: Tensor | None, columns: Tensor | None) -> Tensor | None:
     return scores if scores is None or columns is None else torch.cat([scores.float(), columns], dim=1)
-
-
-def _over_ranks(
-    columns: dict[int, Float32[Tensor, "S _"]], wanted: Sequence[Asked], ranks: Any
-) -> dict[int, Float32[Tensor, "S _"]]:
-    """Rows averaged and errors added up: every rank has its part of the heads, all as many, of the same requests."""
-    if ranks.world_size == 1 or not columns:
-        return columns
-    together = ranks.all_reduce(torch.cat([each.flatten() for each in columns.values()]))
-    parts = together.split([each.numel() for each in columns.values()])
-    summed = {i: part.view_as(each) for (i, each), part in zip(columns.items(), parts, strict=True)}
-    for i, each in summed.items():
-        each[:, : len(wanted[i].layers)] /= ranks.world_size
-    return summed
-
-
-def _attention_layers(config: Any) -> tuple[dict[int, Any], dict[int, str]]:
-    """The layers whose rows can be had, by their numbers, and why those of the others cannot."""
-    found: dict[int, Any] = {}
-    missing: dict[int, str] = {}
-    for index, layer in _numbered(config.compilation_config.static_forward_context):
-        if why := _why_not(layer):
-            missing[index] = why
-        elif index in found:
-            missing[index] = "it has several attentions"
-        else:
-            found[index] = layer
-    return {index: layer for index, layer in found.items() if index not in missing}, missing
-
-
-def _numbered(layers: dict[str, Any]) -> Iterator[tuple[int, Any]]:
-    """What mixes tokens, by the number in its name; experts and the like are registered beside it."""
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-
-    for name, layer in layers.items():
-        numbers = [int(part) for part in name.split(".") if part.isdigit()]
-        if len(numbers) == 1 and isinstance(layer, AttentionLayerBase):
-            yield numbers[0], layer
-
-
-def _why_not(layer: Any) -> str | None:
-    """What keeps a layer's row from being had; None where nothing does."""
-    from vllm.model_executor.layers.attention import Attention
-
-    if type(layer) is not Attention:
-        return f"its attention is {type(layer).__name__}"
-    if layer.attn_type != "decoder":
-        return f"its attention is that of an {layer.attn_type}"
-    if getattr(layer.impl, "alibi_slopes", None) is not None:
-        return "its attention has linear biases"
-    if layer.query_quant is not None:
-        return "its queries are quantised"
-    if layer.kv_sharing_target_layer_name is not None:
-        return "it shares the keys of another layer"
-    return None

@@ -1,0 +1,48 @@
+"""What the vLLM engine says of the model that vLLM has loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from densereward.engines.base import EngineFacts
+from densereward.engines.torch.facts import special_ids
+from densereward.engines.vllm.model import Served
+
+__all__ = ["facts_of", "layers_with_rows"]
+
+
+def layers_with_rows(watched: Sequence[dict[str, Any]]) -> tuple[list[int], dict[int, str]]:
+    """Layers whose rows all workers can give, and why the others' cannot be had."""
+    layers = set.intersection(*(set(each["layers"]) for each in watched))
+    return sorted(layers), {layer: why for each in watched for layer, why in each["missing"].items()}
+
+
+def facts_of(model: Served, llm: Any, missing: dict[int, str]) -> EngineFacts:
+    """The facts of a loaded model.
+
+    Args:
+        model: what vLLM was given.
+        llm: vLLM's client.
+        missing: by layer, why its rows cannot be had.
+    """
+    config = model.config.get_text_config()
+    described = ", ".join(f"{layer} ({why})" for layer, why in sorted(missing.items()))
+    return EngineFacts(
+        engine="vllm",
+        family=next(iter(model.config.architectures)),
+        head=model.head,
+        device=str(llm.vllm_config.device_config.device_type),
+        dtype=str(llm.model_config.dtype).removeprefix("torch."),
+        max_length=llm.model_config.max_model_len,
+        vocabulary_size=config.vocab_size,
+        layers=config.num_hidden_layers,
+        batch_tokens=llm.vllm_config.scheduler_config.max_num_batched_tokens,
+        pair_cost=0.0,
+        weights_fingerprint=model.fingerprint,
+        weights_bytes=model.size,
+        special_ids=special_ids(model.config),
+        notice=f"no attention rows can be had of layers {described}" if missing else None,
+        shares_prompts=False,
+        advice="--engine torch gives closed prefixes, contributions, received attention and gradients",
+    )
