@@ -55,9 +55,9 @@ class LanguageModelHead:
         """Tokens that it knows."""
         return len(self._weight)
 
-    def read(self, hidden: Float[Tensor, "M E"], following: Int64[Tensor, " M"]) -> Float32[Tensor, " M"]:
+    def read(self, hidden: Float[Tensor, "M E"], next_ids: Int64[Tensor, " M"]) -> Float32[Tensor, " M"]:
         """Log-probabilities of the tokens that follow, in nats."""
-        parts = zip(hidden.split(_POSITIONS), following.split(_POSITIONS), strict=True)
+        parts = zip(hidden.split(_POSITIONS), next_ids.split(_POSITIONS), strict=True)
         with torch.autocast(hidden.device.type, enabled=False):
             return torch.cat([self._log_probabilities(*part) for part in parts])
 
@@ -65,15 +65,15 @@ class LanguageModelHead:
         """All logits of a few positions, to compare them with the model's own."""
         return self._shaped(product(hidden, self._weight) + self._bias)
 
-    def _log_probabilities(self, hidden: Float[Tensor, "m E"], following: Int64[Tensor, " m"]) -> Float32[Tensor, " m"]:
-        total = torch.full(following.shape, -torch.inf, device=hidden.device)
+    def _log_probabilities(self, hidden: Float[Tensor, "m E"], next_ids: Int64[Tensor, " m"]) -> Float32[Tensor, " m"]:
+        total = torch.full(next_ids.shape, -torch.inf, device=hidden.device)
         size = _TOKENS.get(hidden.device.type, _TOKENS["cuda"])
         for weight, bias in zip(self._weight.split(size), self._bias.split(size), strict=True):
             logits = self._shaped(product(hidden, weight) + bias if self._biased else product(hidden, weight))
             first = logits[:, 0]
             # A log-sum-exp by way of log_softmax, which is four times as fast as logsumexp on a CPU.
             total = torch.logaddexp(total, first - logits.log_softmax(dim=1)[:, 0])
-        own = (hidden.float() * self._weight[following].float()).sum(dim=1) + self._bias[following]
+        own = (hidden.float() * self._weight[next_ids].float()).sum(dim=1) + self._bias[next_ids]
         return self._shaped(own) - total
 
     def _shaped(self, logits: Float32[Tensor, ...]) -> Float32[Tensor, ...]:

@@ -27,11 +27,11 @@ from densereward.capture import (
     ReceivedAttention,
     ScoringInput,
 )
+from densereward.engines.torch.chunks import Chunk, expand
 from densereward.engines.torch.engine import TorchEngine
-from densereward.engines.torch.kept import KeptKeys, PromptKeys
+from densereward.engines.torch.kv_cache import KVCache, PromptCache
 from densereward.engines.torch.packed_batch import PackedBatch
 from densereward.engines.torch.packing import pack
-from densereward.engines.torch.pieces import Piece, write_out
 from densereward.errors import EngineFailure, ModelError
 
 LAYERS = 3
@@ -70,7 +70,7 @@ def mixed_batch(size: int) -> list[ScoringInput]:
 
 
 def packed_row(batch: list[ScoringInput]) -> PackedBatch:
-    return pack([Piece.after(write_out(each), None) for each in batch], torch.device("cpu"), LAYERS)
+    return pack([Chunk.after(expand(each), None) for each in batch], torch.device("cpu"), LAYERS)
 
 
 def assert_prefixes(prefixes: Prefixes, expected: list[float]) -> None:
@@ -222,10 +222,10 @@ def test_a_prompt_that_comes_again_is_kept_and_gives_the_same_numbers(tmp_path: 
         for batch in ([group[0], alone], group[1:], [group[2], alone], [*group, sequence(9, 2)], [alone]):
             for captured, each in zip(keeping.forward(batch), batch, strict=True):
                 assert_same(captured, plain.forward([each])[0], 4e-6)
-        trunk = len(write_out(group[2]).ids) - 70
+        trunk = len(expand(group[2]).ids) - 70
         # First sight, second sight (kept from here on), then only what follows the prompt's last token but one.
-        assert ran[2] == 1 + trunk + len(write_out(alone).ids)
-        assert ran[4] == len(write_out(alone).ids) - 74
+        assert ran[2] == 1 + trunk + len(expand(alone).ids)
+        assert ran[4] == len(expand(alone).ids) - 74
 
 
 def count_tokens(engine: TorchEngine, counts: list[int]) -> None:
@@ -240,21 +240,21 @@ def count_tokens(engine: TorchEngine, counts: list[int]) -> None:
 
 
 def test_kept_prompts_stay_within_their_bytes_and_the_longest_unused_goes_first() -> None:
-    kept = [KeptKeys() for _ in range(3)]
+    kept = [KVCache() for _ in range(3)]
     for each in kept:
         each.extend(0, torch.zeros(1, 4, 2), torch.zeros(1, 4, 2))
     assert kept[0].size == 64
-    prompts = PromptKeys(128)
+    prompts = PromptCache(128)
     prompts.store((0,), kept[0])
     prompts.store((1,), kept[1])
-    assert prompts.recall((0,)) is kept[0]
+    assert prompts.get((0,)) is kept[0]
     prompts.store((2,), kept[2])
-    assert [prompts.recall((i,)) for i in range(3)] == [kept[0], None, kept[2]]
+    assert [prompts.get((i,)) for i in range(3)] == [kept[0], None, kept[2]]
 
 
 def test_without_bytes_no_prompt_is_kept() -> None:
-    prompts = PromptKeys(0)
-    assert [prompts.comes_again((1,)) for _ in range(3)] == [False] * 3
+    prompts = PromptCache(0)
+    assert [prompts.seen_before((1,)) for _ in range(3)] == [False] * 3
 
 
 def test_closed_prefixes_at_boundaries_are_those_of_all_prefixes(pair: tuple[TorchEngine, Any]) -> None:

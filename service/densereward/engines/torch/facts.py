@@ -1,4 +1,4 @@
-"""What an engine says of the model that it was given, and what is done to the model before it runs."""
+"""What an engine says of its model, and what is done to the model before it runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from densereward.heads.base import ScoreHead
 
 __all__ = ["facts_of", "prepare", "special_ids", "with_head"]
 
-# On a CPU, larger passes gain nothing; a GPU needs them to be busy.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Tokens in a pass: on a CPU larger passes gain nothing, and a GPU needs them to be busy."""
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Nothing is trained, and a CPU computes as fast as it can."""
+    """Turn training off, and on a CPU make the model fast."""
     model.requires_grad_(False)
     if model.device.type == "cpu":
         speed_up(model.base_model)
@@ -85,12 +85,12 @@ def special_ids(config: Any) -> dict[str, frozenset[int]]:
 
 
 def _ids(config: Any, name: str) -> frozenset[int]:
-    given = getattr(config.get_text_config(), name, None)
-    return frozenset(given if isinstance(given, list) else [] if given is None else [given])
+    ids = getattr(config.get_text_config(), name, None)
+    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
 
 def _pair_cost(model: PreTrainedModel) -> float:
-    """Multiplications for one query and one key, in all heads and layers, over those of a token's matrices."""
+    """Multiplications for one query and one key, in all heads and layers, over those of one token in all matrices."""
     config = model.config.get_text_config()
     head: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2 * config.num_attention_heads * head * config.num_hidden_layers

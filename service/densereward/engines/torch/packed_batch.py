@@ -1,4 +1,10 @@
-"""A packed batch: many sequences as one row of tokens, and where everything of each lies in it."""
+"""A packed batch: the chunks of many sequences in one row of tokens, and where each part of them is.
+
+    | shared prompts | own tokens, those after one prompt side by side | blocks of closed prefixes |  (cached keys)
+
+A place is an index into that row. Cached keys have places too, behind the row's last token, so that a sequence can
+begin there: the attention function appends them to the row's keys and values, and none of their tokens runs again.
+"""
 
 from __future__ import annotations
 
@@ -10,89 +16,89 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from densereward.capture import AttentionRow, Contributions, Need
-from densereward.engines.torch.kept import KeptKeys
-from densereward.engines.torch.pieces import Piece
+from densereward.engines.torch.chunks import Chunk
+from densereward.engines.torch.kv_cache import KVCache
 
-__all__ = ["Look", "PackedBatch", "Placed", "places_of"]
+__all__ = ["PackedBatch", "PlacedChunk", "ScoredAttention", "array_of"]
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """One piece and its places.
+class PlacedChunk:
+    """One chunk and its places.
 
     Attributes:
-        piece: what runs.
-        shared: where the sequence's beginning stands, if elsewhere: a prompt of several, or kept keys.
-        trunk: the tokens of its own that follow.
-        blocks: its closed prefixes, (blocks of the piece) * size places.
+        chunk: what runs.
+        context: where the sequence begins, if not in `own`: in a shared prompt, or in cached keys.
+        own: the sequence's tokens after the context that run in this chunk.
+        blocks: its closed prefixes, (blocks of the chunk) * c places.
     """
 
-    piece: Piece
-    shared: range
-    trunk: range
+    chunk: Chunk
+    context: range
+    own: range
     blocks: range = range(0)
 
     @property
     def prompt(self) -> list[range]:
-        """Where the prompt lies, in one stretch or two."""
-        length = self.piece.whole.sequence.prompt_length
-        parts = [self.shared[:length], self.trunk[: max(length - len(self.shared), 0)]]
+        """Places of the prompt, as one range or two."""
+        length = self.chunk.expanded.sequence.prompt_length
+        parts = [self.context[:length], self.own[: max(length - len(self.context), 0)]]
         return [part for part in parts if part]
 
     @property
     def response(self) -> range:
-        """Where the response lies; of use where it lies together, as it does wherever there are blocks."""
-        sequence = self.piece.whole.sequence
-        start, stop = (position - len(self.shared) for position in (sequence.prompt_length, sequence.response_stop))
-        return self.trunk[start:stop] if start >= 0 else self.shared[sequence.prompt_length : sequence.response_stop]
+        """Places of the response; only right where these are one range, as they are where there are blocks."""
+        sequence = self.chunk.expanded.sequence
+        start, stop = (position - len(self.context) for position in (sequence.prompt_length, sequence.response_stop))
+        return self.own[start:stop] if start >= 0 else self.context[sequence.prompt_length : sequence.response_stop]
 
     @property
-    def read_slots(self) -> Int64[np.ndarray, " r"]:
-        """Which of the sequence's reads this piece holds."""
-        reads = self.piece.whole.reads
-        return np.flatnonzero((reads >= self.piece.start) & (reads < self.piece.stop))
+    def read_indices(self) -> Int64[np.ndarray, " r"]:
+        """Which entries of the sequence's `read_at` are in this chunk."""
+        read_at = self.chunk.expanded.read_at
+        return np.flatnonzero((read_at >= self.chunk.start) & (read_at < self.chunk.stop))
 
     @property
-    def reads(self) -> Int64[np.ndarray, " r"]:
-        """Their places."""
-        at = self.piece.whole.reads[self.read_slots]
-        length = self.piece.whole.length
-        shared, trunk = self.shared.start + at, self.trunk.start + at - len(self.shared)
-        blocks = self.blocks.start + at - max(self.piece.start, length)
-        places: Int64[np.ndarray, " r"] = np.where(at >= length, blocks, np.where(at < len(self.shared), shared, trunk))
+    def read_at(self) -> Int64[np.ndarray, " r"]:
+        """Places of these."""
+        at = self.chunk.expanded.read_at[self.read_indices]
+        length = self.chunk.expanded.length
+        context, own = self.context.start + at, self.own.start + at - len(self.context)
+        blocks = self.blocks.start + at - max(self.chunk.start, length)
+        places: Int64[np.ndarray, " r"] = np.where(at >= length, blocks, np.where(at < len(self.context), context, own))
         return places
 
     @property
-    def following(self) -> Int64[np.ndarray, " _"]:
-        """The token after each of them, where a head judges it."""
-        following = self.piece.whole.following
-        return following[self.read_slots] if len(following) else following
+    def next_ids(self) -> Int64[np.ndarray, " _"]:
+        """The token after each of these, for a language model's head; otherwise empty."""
+        next_ids = self.chunk.expanded.next_ids
+        return next_ids[self.read_indices] if len(next_ids) else next_ids
 
     @property
     def gate(self) -> int:
-        """Where the sequence's gate is read; of use where it runs in one piece, from its first token on."""
-        position = self.piece.whole.sequence.gate
-        shared = len(self.shared)
-        return self.shared.start + position if position < shared else self.trunk.start + position - shared
+        """Place of the sequence's gate; only right where the whole sequence runs in this chunk."""
+        position = self.chunk.expanded.sequence.gate
+        length = len(self.context)
+        return self.context.start + position if position < length else self.own.start + position - length
 
     @property
     def scored(self) -> int:
-        """Where the score is read."""
-        return self.trunk.start + self.piece.whole.sequence.scored_position - len(self.shared)
+        """Place of the scored token."""
+        return self.own.start + self.chunk.expanded.sequence.scored_position - len(self.context)
 
     @property
     def row_keys(self) -> Int64[np.ndarray, " r"]:
-        """Places of the keys that the scored token can look at, from the sequence's first on."""
-        return np.concatenate([places_of(self.shared), np.arange(self.trunk.start, self.scored + 1)])
+        """Places of the keys that the scored token can attend to, from the sequence's first token on."""
+        return np.concatenate([array_of(self.context), np.arange(self.own.start, self.scored + 1)])
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What the scored tokens looked at in one layer.
+class ScoredAttention:
+    """What the scored tokens attended to in one layer.
 
     Attributes:
         weights: of each of `row_keys`, in each head.
-        values: theirs, not yet expanded to all heads.
+        values: of each of them, not yet expanded to all heads.
     """
 
     weights: Float32[Tensor, "K H"]
@@ -101,48 +107,48 @@ class Look:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B pieces in one row of N tokens, and M kept keys behind it.
+    """B chunks in one row of N tokens, and M cached keys behind it.
 
     Attributes:
         token_ids, position_ids: [1, N]; a token's position is the one it has in its own sequence.
         key_positions: [N + M], those of the keys.
-        placed: the pieces, in the batch's order.
-        groups: where sequences begin, if elsewhere, with the places of all the trunks that follow there.
-        kept: keys from earlier passes, in the order of their places.
-        grows: places whose keys are kept, and what they are added to.
-        read: every place the head is read at, piece after piece.
-        following: the token after each, for a head that judges it; otherwise empty.
-        gates: where each piece's gate is read.
-        rows_of: indices of the pieces of whose scored tokens rows are kept.
-        row_needs: the rows, of any of them, with layers counted from 0.
-        row_keys: keys that scored tokens can look at, row after row.
+        placed: the chunks, in the batch's order.
+        groups: each context, with the places of all the own tokens that come after it.
+        caches: of earlier passes, in the order of their places.
+        to_cache: places whose keys and values are cached, and the cache that they are appended to.
+        read_at: every place the head is read at, chunk after chunk.
+        next_ids: the token after each, for a language model's head; otherwise empty.
+        gates: the place of each chunk's gate.
+        row_chunks: indices of the chunks whose scored tokens' attention is captured.
+        row_needs: what is captured of any of them, layers counted from 0.
+        row_keys: keys that these scored tokens can attend to, row after row.
         row_owner: the row of each such key.
-        scored: where the rows' scored tokens stand.
-        sums: per piece and layer as it is needed, the attention that its queries in the response give to the
-            sequence's keys so far; filled by the attention function.
+        scored: places of these scored tokens.
+        received: per chunk and layer as it is needed, the attention that the chunk's queries in the response give to
+            the sequence's keys so far; filled by the attention function.
         rows: filled by the attention function, layer by layer: the scored rows, laid out as `row_keys`.
-        looks: filled likewise where contributions are needed: what the scored tokens looked at.
-        outputs: filled likewise in every layer: the attention's output at the scored tokens.
+        scored_attention: likewise, in layers whose contributions are needed.
+        outputs: likewise, in every layer: the attention's output at the scored tokens.
     """
 
     token_ids: Int64[Tensor, "1 N"]
     position_ids: Int64[Tensor, "1 N"]
     key_positions: Int64[Tensor, " L"]
-    placed: list[Placed]
+    placed: list[PlacedChunk]
     groups: list[tuple[range, range]]
-    kept: list[KeptKeys]
-    grows: list[tuple[range, KeptKeys]]
-    read: Int64[Tensor, " _"]
-    following: Int64[Tensor, " _"]
+    caches: list[KVCache]
+    to_cache: list[tuple[range, KVCache]]
+    read_at: Int64[Tensor, " _"]
+    next_ids: Int64[Tensor, " _"]
     gates: Int64[Tensor, " B"]
-    rows_of: list[int]
+    row_chunks: list[int]
     row_needs: frozenset[AttentionRow | Contributions]
     row_keys: Int64[Tensor, " K"]
     row_owner: Int64[Tensor, " K"]
     scored: Int64[Tensor, " R"]
-    sums: dict[tuple[int, int], Float32[Tensor, " _"] | None]
+    received: dict[tuple[int, int], Float32[Tensor, " _"] | None]
     rows: dict[Need, Float32[Tensor, " K"]] = field(default_factory=dict)
-    looks: dict[int, Look] = field(default_factory=dict)
+    scored_attention: dict[int, ScoredAttention] = field(default_factory=dict)
     outputs: dict[int, Float[Tensor, "1 R H E"]] = field(default_factory=dict)
 
     @property
@@ -152,22 +158,22 @@ class PackedBatch:
 
     @cached_property
     def segments(self) -> list[range]:
-        """What attends to itself causally: prompts that stand in the row and trunks, in the order they lie in."""
+        """Shared prompts and own tokens, in the order of their places: each attends to itself causally."""
         length = self.token_ids.shape[1]
-        every = {prompt for prompt, _ in self.groups if prompt.start < length} | {each.trunk for each in self.placed}
-        return sorted(filter(None, every), key=lambda places: places.start)
+        prompts = {context for context, _ in self.groups if context.start < length}
+        return sorted(filter(None, prompts | {each.own for each in self.placed}), key=lambda places: places.start)
 
     @cached_property
-    def blocks(self) -> list[Placed]:
-        """The pieces with closed prefixes."""
+    def blocks(self) -> list[PlacedChunk]:
+        """The chunks with closed prefixes."""
         return [each for each in self.placed if each.blocks]
 
     @cached_property
     def longest(self) -> int:
-        """The furthest position and one."""
-        return max(int(each.piece.whole.positions.max(initial=0)) for each in self.placed) + 1
+        """One more than the highest position."""
+        return max(int(each.chunk.expanded.positions.max(initial=0)) for each in self.placed) + 1
 
 
-def places_of(places: range) -> Int64[np.ndarray, " n"]:
+def array_of(places: range) -> Int64[np.ndarray, " n"]:
     """The places as an array."""
     return np.arange(places.start, places.stop)

@@ -12,10 +12,14 @@ from densereward.engines.vllm.model import Served
 __all__ = ["facts_of", "layers_with_rows"]
 
 
-def layers_with_rows(watched: Sequence[dict[str, Any]]) -> tuple[list[int], dict[int, str]]:
-    """Layers whose rows all workers can give, and why the others' cannot be had."""
-    layers = set.intersection(*(set(each["layers"]) for each in watched))
-    return sorted(layers), {layer: why for each in watched for layer, why in each["missing"].items()}
+def layers_with_rows(hooked: Sequence[dict[str, Any]]) -> tuple[list[int], dict[int, str]]:
+    """Layers whose rows all workers can capture, and for the others the reason why not.
+
+    Args:
+        hooked: what each worker's `densereward_install_hooks` returned.
+    """
+    layers = set.intersection(*(set(each["layers"]) for each in hooked))
+    return sorted(layers), {layer: reason for each in hooked for layer, reason in each["missing"].items()}
 
 
 def facts_of(model: Served, llm: Any, missing: dict[int, str]) -> EngineFacts:
@@ -24,10 +28,10 @@ def facts_of(model: Served, llm: Any, missing: dict[int, str]) -> EngineFacts:
     Args:
         model: what vLLM was given.
         llm: vLLM's client.
-        missing: by layer, why its rows cannot be had.
+        missing: by layer, the reason why its rows cannot be captured.
     """
     config = model.config.get_text_config()
-    described = ", ".join(f"{layer} ({why})" for layer, why in sorted(missing.items()))
+    described = ", ".join(f"{layer} ({reason})" for layer, reason in sorted(missing.items()))
     return EngineFacts(
         engine="vllm",
         family=next(iter(model.config.architectures)),

@@ -1,4 +1,4 @@
-"""Inside vLLM's workers: the layers of a model whose attention rows can be had."""
+"""The layers of a model in vLLM's workers whose attention rows can be captured."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ __all__ = ["attention_layers"]
 
 
 def attention_layers(config: Any) -> tuple[dict[int, Any], dict[int, str]]:
-    """The layers whose rows can be had, by their numbers, and why those of the others cannot."""
+    """The layers whose rows can be captured, by their numbers, and for the others the reason why not.
+
+    Args:
+        config: vLLM's.
+    """
     found: dict[int, Any] = {}
     missing: dict[int, str] = {}
     for index, layer in _numbered(config.compilation_config.static_forward_context):
-        if why := _why_not(layer):
-            missing[index] = why
+        if reason := _why_not(layer):
+            missing[index] = reason
         elif index in found:
             missing[index] = "it has several attentions"
         else:
@@ -23,7 +27,7 @@ def attention_layers(config: Any) -> tuple[dict[int, Any], dict[int, str]]:
 
 
 def _numbered(layers: dict[str, Any]) -> Iterator[tuple[int, Any]]:
-    """What mixes tokens, by the number in its name; experts and the like are registered beside it."""
+    """Attention-like layers, by the number in their names; vLLM registers others, such as experts, beside them."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     for name, layer in layers.items():
@@ -33,7 +37,7 @@ def _numbered(layers: dict[str, Any]) -> Iterator[tuple[int, Any]]:
 
 
 def _why_not(layer: Any) -> str | None:
-    """What keeps a layer's row from being had; None where nothing does."""
+    """The reason why a layer's row cannot be captured; None where it can."""
     from vllm.model_executor.layers.attention import Attention
 
     if type(layer) is not Attention:

@@ -14,7 +14,7 @@ import tiny
 from densereward.capture import ScoringInput
 from densereward.engines.torch import attention
 from densereward.engines.torch.engine import TorchEngine
-from densereward.engines.torch.exact import in_float32_arithmetic
+from densereward.engines.torch.float32 import in_float32_arithmetic
 from densereward.engines.torch.language_model import LanguageModel
 
 IDS = np.random.default_rng(0).integers(3, 320, 40).tolist()

@@ -10,16 +10,16 @@ from transformers import AutoModelForSequenceClassification
 
 import tiny
 from densereward.capture import ScoringInput
-from densereward.engines.torch.own_attention import OwnAttention, failures
+from densereward.engines.torch.transformers_pass import TransformersPass, failures
 from densereward.errors import EngineFailure
 
 
 def test_no_layers_weights_are_kept_whole(tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(tiny.save_encoder(tmp_path, "bert"))
-    attention = OwnAttention(model, whole=True, fused=False)
+    attention = TransformersPass(model, reads_texts=True, fused=False)
     with torch.inference_mode():
         model.set_attn_implementation("eager")
-        given = attention.output([ScoringInput([3] * 100, 5, 94, 99)], rows=True).attentions
+        given = attention.run([ScoringInput([3] * 100, 5, 94, 99)], rows=True).attentions
     assert {tuple(each.shape) for each in given} == {(1, 4, 1, 100)}
 
 
