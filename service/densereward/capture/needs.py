@@ -23,8 +23,8 @@ __all__ = [
 
 PrefixMode = Literal["open", "closed"]
 PREFIX_MODES: tuple[PrefixMode, ...] = ("open", "closed")
-"""open: the head is read at the response's tokens as they stand. closed: each prefix is scored as if the response
-ended there, closing tokens included."""
+"""open: the head is read at the response's tokens. closed: each prefix is scored as if the response ended there,
+closing tokens included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ class AttentionRow:
 
 @dataclass(frozen=True, slots=True)
 class Contributions:
-    """What each token adds to the score through the scoring token's attention in one layer, or in all together.
+    """What each token adds to the score through the scoring token's attention in one layer, or summed over all layers.
 
-    Through its values, that is, weighted by the attention and carried on by the rest of the model as it is linear
-    around this sequence (`methods.contribution`). Layers count as for `AttentionRow`; None is all of them.
+    That is its value, weighted by the attention, times the gradient of the score (`methods.contribution`). Layers count
+    as for `AttentionRow`; None is all of them.
     """
 
     layer: int | None = None
@@ -57,7 +57,7 @@ class Contributions:
 
 @dataclass(frozen=True, slots=True)
 class ReceivedAttention:
-    """The attention that each response token gets from all later ones, summed, in one layer, averaged over heads.
+    """The attention that each response token gets from all later ones: summed, in one layer, averaged over its heads.
 
     Layers count as for `AttentionRow`.
     """
@@ -72,7 +72,7 @@ class Gradients:
 
 @dataclass(frozen=True, slots=True)
 class LogProbabilities:
-    """How probable a language model finds each response token, and then each closing token, after those before it.
+    """A language model's log-probability of each response token, then of each closing token.
 
     With `alone`, nothing else is needed of the sequence, not even its score.
     """
@@ -82,17 +82,17 @@ class LogProbabilities:
 
 @dataclass(frozen=True, slots=True)
 class LogRatios:
-    """The same under a policy, less that under its reference."""
+    """The log-probabilities under a policy less those under its reference."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepScores:
-    """What a model that was trained to judge steps, or single tokens, says of each."""
+    """The score of each step, or token, by a model that was trained to judge these."""
 
 
 @dataclass(frozen=True, slots=True)
 class Objectives:
-    """What each objective of a model with several adds to the score, where scores of open prefixes are read."""
+    """What each objective adds to the score and to the scores of open prefixes, for a model with several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,4 +112,4 @@ Need = (
     | Objectives
     | Variants
 )
-"""One narrow thing an engine can keep from a forward pass; the sequence's score is always kept."""
+"""One narrow thing that an engine can keep of a forward pass, beside the sequence's score."""

@@ -20,7 +20,7 @@ class Prefixes:
     Attributes:
         before: s_0, the score before the response; None for an open prefix where there is no prompt to read it at.
         after: s_1..s_T, or the scores at the boundaries alone.
-        boundaries: response tokens before each of these, where not all prefixes were scored.
+        boundaries: lengths, in response tokens, of these prefixes; None where all prefixes were scored.
     """
 
     before: float | None
@@ -28,7 +28,7 @@ class Prefixes:
     boundaries: Sequence[int] | None = None
 
     def at(self, boundaries: Sequence[int]) -> Float32[np.ndarray, " _"]:
-        """Scores after so many tokens each; all of them must have been scored."""
+        """Scores of the prefixes of these lengths; they must have been scored."""
         if self.boundaries is None:
             return self.after[np.asarray(boundaries, dtype=np.int64) - 1]
         return self.after[np.searchsorted(self.boundaries, boundaries)]
@@ -36,21 +36,23 @@ class Prefixes:
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """What one forward pass gave for one sequence. Everything float32 on the host.
+    """What one forward pass gave for one sequence, in float32 on the host.
 
     Attributes:
         reward: R, the model's score of the whole sequence.
         length: T, the response's tokens.
-        prefixes: per mode as it was asked for, the scores of the prefixes.
-        attention_rows: per layer as it was asked for, what the scoring token's attention put on each response token;
-            the rest of the row, up to its sum of 1, fell on the prompt, the closing tokens and attention sinks.
-        contributions: per layer as it was asked for, what each response token added to the score.
-        received_attention: per layer as it was asked for, what each response token got from later ones.
-        gradients: as they were asked for, what each response token's embedding does to the score, to first order.
-        objectives: as they were asked for, [K, 1 + T]: each objective's part of the reward, and of s_1..s_T.
-        step_scores: as they were asked for, one a step.
-        log_probabilities, log_ratios: as they were asked for, of the response's tokens and then the closing ones, nats.
-        variants: for one method, what the variants gave that it asked for (`methods.base.Method.variants`).
+        prefixes: by mode, the scores of the prefixes.
+        attention_rows: by layer, the scoring token's attention on each response token; the rest of the row, which sums
+            to 1, is on the prompt, the closing tokens and attention sinks.
+        contributions: by layer, what each response token adds to the score.
+        received_attention: by layer, the attention that each response token got from later ones.
+        gradients: to first order, what each response token's embedding adds to the score.
+        objectives: [K, 1 + T], each objective's part of the reward and of s_1..s_T.
+        step_scores: one per step.
+        log_probabilities, log_ratios: of the response's tokens, then of the closing tokens, in nats.
+        variants: for one method, the results of the variants that it asked for (`methods.base.Method.variants`).
+
+    All but reward and length are there where they were needed; layers are counted as in the need.
     """
 
     reward: float
@@ -68,8 +70,8 @@ class Captured:
 
     @property
     def arrays(self) -> list[Float32[np.ndarray, " _"]]:
-        """Everything that was kept beside the reward."""
-        kept = [each.values() for each in (self.attention_rows, self.contributions, self.received_attention)]
+        """All numbers beside the reward, as arrays."""
+        by_layer = [each.values() for each in (self.attention_rows, self.contributions, self.received_attention)]
         scores = [prefixes.after for prefixes in self.prefixes.values()]
         before = [
             np.array([prefixes.before], np.float32)
@@ -77,6 +79,6 @@ class Captured:
             if prefixes.before is not None
         ]
         parts = None if self.objectives is None else self.objectives.ravel()
-        found = (self.gradients, parts, self.step_scores, self.log_probabilities, self.log_ratios)
-        single = [each for each in found if each is not None]
-        return [*scores, *before, *single, *(row for rows in kept for row in rows)]
+        others = (self.gradients, parts, self.step_scores, self.log_probabilities, self.log_ratios)
+        single = [each for each in others if each is not None]
+        return [*scores, *before, *single, *(row for rows in by_layer for row in rows)]

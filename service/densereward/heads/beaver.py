@@ -1,4 +1,4 @@
-"""PKU-Alignment's Beaver: one linear layer called `score_head`, read at the last token; costs have their sign turned.
+"""PKU-Alignment's Beaver: one linear layer called `score_head`, read at the last token; costs are negated.
 
 A cost model's score says how harmful a response is, so the reward is the score times -1. Where the config asks to
 normalise, rewards are (r - mean) / sqrt(var) and costs r / sqrt(var), by the config's figures.
@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import LayersHead, normaliser
+from densereward.heads.base import normaliser
+from densereward.heads.layers import LayersHead
 
 __all__ = ["BeaverHead"]
 
@@ -47,5 +48,5 @@ class BeaverHead(LayersHead):
             self._deviation = float(variance[0]) ** 0.5
 
     def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
-        """High where the response is good."""
+        """Normalised rewards, or negated costs."""
         return self._sign * (self.logits(hidden)[:, 0] - self._mean) / self._deviation

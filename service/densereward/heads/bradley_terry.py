@@ -30,12 +30,12 @@ class BradleyTerryHead(PositionHead):
 
     @classmethod
     def fits(cls, checkpoint: Checkpoint) -> bool:
-        """The architecture says so."""
+        """The architecture is a sequence classifier."""
         return checkpoint.architecture.endswith("ForSequenceClassification")
 
     @classmethod
     def model_class(cls, checkpoint: Checkpoint) -> Any:
-        """Transformers' own."""
+        """Transformers' own sequence classifier."""
         refuse_several_labels(checkpoint.config)
         return AutoModelForSequenceClassification
 
@@ -49,5 +49,5 @@ class BradleyTerryHead(PositionHead):
         self._layer = layer
 
     def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
-        """Rewards read at M positions."""
+        """Rewards at M positions."""
         return in_float32(self._layer, hidden)[:, 0]

@@ -1,11 +1,11 @@
-"""ArmoRM and QRM: several objectives, weighed by a gate that reads the prompt at one fixed place.
+"""ArmoRM and QRM: several objectives, weighted by a gate that reads the prompt at one fixed position.
 
     score(t) = sum_k gate_k * (objectives(h_t) M)_k          gate = scale * softmax(layers(h_g) / temperature)
 
 h_g is the hidden state where the prompt's last message ends, five tokens before the response, and M mixes objectives.
-So the gate is the same for all prefixes of a response, and nothing that its tokens do moves it: contributions and
-gradients are those of the score with the gate as it stands. QRM predicts quantiles of each objective, whose mean it
-takes, and has a batch normalisation behind each layer of the gate but the last; ArmoRM has neither.
+The gate is the same for all prefixes of a response and does not depend on its tokens, so contributions and gradients
+take it as a constant. QRM predicts quantiles of each objective and takes their mean; it also has a batch normalisation
+after each layer of the gate but the last. ArmoRM has neither.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, DecoderHead, decoder_class, in_float32
+from densereward.heads.base import Checkpoint, DecoderHead, in_float32
+from densereward.heads.layers import decoder_class
 
 __all__ = ["GatedHead"]
 
@@ -41,7 +42,7 @@ class GatedHead(DecoderHead):
 
     @classmethod
     def fits(cls, checkpoint: Checkpoint) -> bool:
-        """There are a gate and a layer of objectives."""
+        """The checkpoint has a gate and a layer of objectives."""
         return checkpoint.holds("regression_layer.weight") and checkpoint.holds("gating.logit_scale")
 
     @classmethod
@@ -83,7 +84,7 @@ class GatedHead(DecoderHead):
         gates: Float[Tensor, "B E"],
         owner: Int64[Tensor, " M"] | Sequence[int],
     ) -> Float32[Tensor, "K M"]:
-        """The objectives, weighed by the gate of each position's sequence."""
+        """The objectives, weighted by the gate of each position's sequence."""
         quantiles = in_float32(self._objectives, hidden).unflatten(1, (len(self._mixing), -1))
         objectives = quantiles.mean(dim=2) @ self._mixing.float()
         parts: Float32[Tensor, "M K"] = self._weights(gates)[owner] * objectives
@@ -116,7 +117,7 @@ def _batch_norm(layer: nn.BatchNorm1d, values: Tensor) -> Tensor:
 
 
 def _gate_layers(checkpoint: Checkpoint) -> nn.ModuleList:
-    """Linear layers and batch normalisations in their places, ReLU in the places between that have no weights."""
+    """Linear layers and batch normalisations at their indices, ReLU at the indices that have no weights."""
     found: dict[int, nn.Module] = {}
     for name, shape in checkpoint.shapes.items():
         match = re.fullmatch(r"gating\.layers\.(\d+)\.weight", name)

@@ -67,7 +67,7 @@ def with_head(facts: EngineFacts, head: ScoreHead, separator: str | None) -> Eng
         head: the score head.
         separator: what ends each step, if the model is a token classifier that was trained on steps.
     """
-    steps = head.written_in(separator)
+    steps = head.steps_with(separator)
     return replace(
         facts,
         unit=head.unit if steps is None else "step",
