@@ -56,7 +56,7 @@ def test_a_fused_call_equals_the_naive_loop(queries: int, keys: int, causal: boo
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("sinks", [None, SINKS], ids=["no sinks", "sinks"])
-def test_what_is_written_out_equals_the_naive_loop(softcap: float | None, sinks: torch.Tensor | None) -> None:
+def test_explicit_attention_equals_the_naive_loop(softcap: float | None, sinks: torch.Tensor | None) -> None:
     q, k, v = tensors(5, 7)
     visible = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) < 0.5
     visible[:, 0] = True
@@ -67,7 +67,7 @@ def test_what_is_written_out_equals_the_naive_loop(softcap: float | None, sinks:
 
 
 @given(keys=st.lists(st.integers(1, 9), min_size=1, max_size=4), queries=st.integers(1, 5), seed=st.integers(0, 99))
-def test_merged_parts_are_attention_over_all_their_keys(keys: list[int], queries: int, seed: int) -> None:
+def test_merged_segments_are_attention_over_all_their_keys(keys: list[int], queries: int, seed: int) -> None:
     q, k, v = tensors(queries, sum(keys), seed)
     pieces = zip(k.split(keys, 1), v.split(keys, 1), strict=True)
     whole = attend(q, k, v, 0.3, causal=False)
@@ -79,7 +79,7 @@ def test_merged_parts_are_attention_over_all_their_keys(keys: list[int], queries
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sinks_take_their_share_once_of_what_was_merged(dtype: torch.dtype) -> None:
+def test_sinks_take_their_share_once_after_merging(dtype: torch.dtype) -> None:
     q, k, v = tensors(5, 9)
     total, part = (attend(q, k[:, each], v[:, each], 0.3, causal=False) for each in (slice(4), slice(4, 9)))
     total = PartialAttention(total.output.to(dtype), total.log_sum_exp)
@@ -91,7 +91,7 @@ def test_sinks_take_their_share_once_of_what_was_merged(dtype: torch.dtype) -> N
     torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
 
 
-def test_each_of_the_heads_that_stand_beside_each_other_has_its_own_sink() -> None:
+def test_queries_taken_as_heads_have_the_sink_of_their_own_head() -> None:
     q, k, v = tensors(8, 9)
     beside = q.unflatten(1, (4, 2)).transpose(1, 2).flatten(0, 1)
     found = apply_sinks(attend(beside, k, v, 0.3, causal=False), SINKS)
@@ -99,7 +99,7 @@ def test_each_of_the_heads_that_stand_beside_each_other_has_its_own_sink() -> No
     torch.testing.assert_close(found.unflatten(0, (6, 2)).transpose(1, 2).flatten(1, 2), expected)
 
 
-def test_a_part_of_no_keys_adds_nothing() -> None:
+def test_merging_a_segment_without_keys_changes_nothing() -> None:
     q, k, v = tensors(3, 4)
     part = attend(q, k, v, 0.3, causal=False)
     nothing = PartialAttention(torch.zeros_like(part.output), torch.full_like(part.log_sum_exp, -torch.inf))
@@ -109,7 +109,7 @@ def test_a_part_of_no_keys_adds_nothing() -> None:
     torch.testing.assert_close(total.log_sum_exp, part.log_sum_exp)
 
 
-def test_what_is_narrower_than_float32_is_added_up_in_float32() -> None:
+def test_half_precision_is_merged_in_float32() -> None:
     q, k, v = tensors(5, 8)
     first, second = (attend(q, k[:, part], v[:, part], 0.3, causal=False) for part in (slice(3), slice(3, 8)))
     total = PartialAttention(first.output.bfloat16(), first.log_sum_exp)
@@ -119,7 +119,7 @@ def test_what_is_narrower_than_float32_is_added_up_in_float32() -> None:
     torch.testing.assert_close(total.output.float(), whole, atol=2e-2, rtol=2e-2)
 
 
-def test_stretches_side_by_side_do_not_see_each_other() -> None:
+def test_segments_side_by_side_do_not_see_each_other() -> None:
     q, k, v = tensors(7, 7)
     both = attend_segments(q, k, v, [3, 4], [3, 4], 0.3, causal=True)
     alone = attend(q[:, 3:], k[:, 3:], v[:, 3:], 0.3, causal=True)

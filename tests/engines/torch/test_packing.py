@@ -30,7 +30,7 @@ def test_sequences_stand_side_by_side_with_positions_of_their_own() -> None:
     assert batch.groups == []
 
 
-def test_a_prompt_of_several_stands_once_in_front_and_its_sharers_side_by_side() -> None:
+def test_a_shared_prompt_comes_once_and_first_and_its_responses_side_by_side() -> None:
     batch = packed(
         ScoringInput([7, 8, 10], 2, 1, 2), ScoringInput([9, 20], 1, 1, 1), ScoringInput([7, 8, 30, 31], 2, 2, 3)
     )
@@ -80,7 +80,7 @@ def test_rows_are_laid_out_from_each_sequences_first_token_to_its_scored_one() -
     assert batch.row_owner.tolist() == [0, 0, 0, 1, 1, 1, 1]
 
 
-def test_only_the_prefixes_that_are_asked_for_are_closed() -> None:
+def test_only_the_prefixes_that_are_needed_are_closed() -> None:
     sequence = ScoringInput([7, 10, 11, 12, 2, 3], 1, 3, 5, CLOSING, frozenset([PrefixScores("closed")]), [2, 3])
     batch = packed(sequence)
     assert row(batch) == ([7, 10, 11, 12, 2, 3, 2, 3, 2, 3, 2, 3], [0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 4, 5])
@@ -93,7 +93,7 @@ def cache_of(length: int) -> KVCache:
     return cache
 
 
-def test_kept_keys_have_places_behind_the_row_and_their_tokens_do_not_run() -> None:
+def test_cached_keys_have_places_behind_the_row_and_their_tokens_do_not_run() -> None:
     cache = cache_of(2)
     after = [expand(ScoringInput([7, 8, 9, *response], 3, 1, 3)) for response in ([10], [11])]
     alone = expand(ScoringInput([20, 21], 1, 1, 1, needs=frozenset([AttentionRow(0)])))
@@ -104,14 +104,14 @@ def test_kept_keys_have_places_behind_the_row_and_their_tokens_do_not_run() -> N
     assert batch.read_at.tolist() == [1, 5, 3]
 
 
-def test_a_prompt_is_kept_up_to_its_last_token_at_which_the_head_is_read() -> None:
+def test_a_prompt_is_cached_up_to_its_last_token_at_which_the_head_is_read() -> None:
     cache = KVCache()
     expanded = expand(ScoringInput([7, 8, 9, 10], 3, 1, 3))
     batch = pack([Chunk.after(expanded, None)], CPU, layers=4, new_caches={(7, 8, 9): cache})
     assert batch.to_cache == [(range(2), cache)]
 
 
-def test_a_long_sequence_is_cut_into_equal_pieces_and_its_blocks_are_not_cut() -> None:
+def test_a_long_sequence_is_cut_into_equal_chunks_and_its_blocks_are_not_cut() -> None:
     needs = frozenset([PrefixScores("closed")])
     expanded = expand(ScoringInput([7, 8, 9, 10, 11, 12, 2, 3], 3, 3, 7, CLOSING, needs))
     chunks = [(chunk.start, chunk.stop, chunk.blocks) for chunk in chunks_of(expanded, 5)]

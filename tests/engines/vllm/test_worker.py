@@ -67,7 +67,7 @@ def test_weights_are_the_softmax_of_scaled_products_of_each_head(changes: dict[s
     np.testing.assert_allclose(found.numpy(), by_hand(layer, query[-1], key), atol=1e-6)
 
 
-def test_what_a_request_wants_survives_its_travel() -> None:
+def test_a_request_for_rows_is_read_from_its_pooling_parameters() -> None:
     request = RowRequest((0, 5), checks=True)
     assert RowRequest.read(SimpleNamespace(extra_kwargs=request.extra_kwargs)) == request
     assert RowRequest.read(SimpleNamespace(extra_kwargs=None)) == RowRequest()
@@ -164,7 +164,7 @@ def expected(worker: Worker, name: str, length: int, layer: int) -> Any:
     return np.mean(by_hand(worker.layers[layer], query[-1], key), axis=0)
 
 
-def test_rows_follow_the_scores_of_requests_that_want_them_and_of_no_others() -> None:
+def test_rows_are_appended_to_the_scores_of_requests_that_ask_for_them_alone() -> None:
     worker = Worker({0: layer_of(), 1: layer_of(window=3)})
     outputs = worker.run(
         ("a", RowRequest((1, 0)), 5, 0, 5), ("b", RowRequest(), 4, 0, 4), ("c", RowRequest((0,)), 3, 0, 3)
@@ -194,7 +194,7 @@ def test_a_prompt_in_any_chunks_beside_another_gives_the_row_of_the_whole(one: l
         np.testing.assert_allclose(output[:, 1], expected(worker, name, done[name], 0), atol=1e-6)
 
 
-def test_a_request_that_was_preempted_starts_again_with_nothing_of_before() -> None:
+def test_a_preempted_request_starts_again_without_its_earlier_chunks() -> None:
     worker = Worker({0: layer_of()})
     assert worker.run(("a", RowRequest((0,)), 6, 0, 4)) == {"a": None}
     worker.run(("b", RowRequest(), 3, 0, 3))  # and "a" has lost its place
@@ -204,7 +204,7 @@ def test_a_request_that_was_preempted_starts_again_with_nothing_of_before() -> N
     np.testing.assert_allclose(output[:, 1], expected(worker, "a", 6, 0), atol=1e-6)
 
 
-def test_a_checked_row_is_told_how_far_its_weighted_values_are_from_the_kernels() -> None:
+def test_a_checked_row_has_the_error_of_its_weighted_values_against_the_kernels() -> None:
     worker = Worker({0: layer_of()})
     right = worker.run(("a", RowRequest((0,), checks=True), 5, 0, 3), ("b", RowRequest((0,)), 2, 0, 2))
     right |= worker.run(("a", RowRequest((0,), checks=True), 5, 3, 5))
@@ -217,7 +217,7 @@ def test_a_checked_row_is_told_how_far_its_weighted_values_are_from_the_kernels(
     assert float(wrong.run(("a", RowRequest((0,), checks=True), 5, 0, 5))["a"][:, 2].max()) > 0.01
 
 
-def test_a_kernel_that_runs_without_its_hook_leaves_no_column() -> None:
+def test_a_kernel_that_runs_without_its_hook_gives_no_column() -> None:
     worker = Worker({0: layer_of()})
     worker.skips_kernels = True
     assert tuple(worker.run(("a", RowRequest((0,)), 3, 0, 3))["a"].shape) == (3, 1)
@@ -256,7 +256,7 @@ def test_errors_of_several_ranks_are_not_averaged_away() -> None:
     assert float(output[0, 2]) == pytest.approx(8, abs=1e-4)
 
 
-def test_nothing_is_kept_where_nobody_wants_rows() -> None:
+def test_nothing_is_copied_where_no_request_asks_for_rows() -> None:
     worker = Worker({0: layer_of()})
     worker.run(("a", RowRequest((0,)), 3, 0, 2))
     worker.run(("b", RowRequest(), 3, 0, 3), finished=("a",))

@@ -26,7 +26,7 @@ from densereward.engines.vllm.attention_rows import RowRequest
 from densereward.engines.vllm.checks import check_engine
 from densereward.engines.vllm.facts import facts_of, layers_with_rows
 from densereward.engines.vllm.loop_thread import LoopThread
-from densereward.engines.vllm.model import Served, check_installed, engine_arguments, served
+from densereward.engines.vllm.model import ServedModel, check_installed, engine_arguments, served_model
 from densereward.errors import EngineDied, EngineFailure, ModelError
 
 __all__ = ["VllmEngine"]
@@ -56,7 +56,7 @@ class VllmEngine:
 
     def __init__(
         self,
-        model: Served,
+        model: ServedModel,
         arguments: dict[str, Any],
         dtype: Dtype = "auto",
         batch_tokens: int | None = None,
@@ -112,7 +112,11 @@ class VllmEngine:
         """
         check_installed(device)
         return cls(
-            served(source, revision, longest), arguments or {}, dtype, batch_tokens, caches_prompts=prompt_cache > 0
+            served_model(source, revision, longest),
+            arguments or {},
+            dtype,
+            batch_tokens,
+            caches_prompts=prompt_cache > 0,
         )
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 
 from densereward.engines.base import EngineFacts
 from densereward.engines.torch.facts import special_ids
-from densereward.engines.vllm.model import Served
+from densereward.engines.vllm.model import ServedModel
 
 __all__ = ["facts_of", "layers_with_rows"]
 
@@ -22,7 +22,7 @@ def layers_with_rows(hooked: Sequence[dict[str, Any]]) -> tuple[list[int], dict[
     return sorted(layers), {layer: reason for each in hooked for layer, reason in each["missing"].items()}
 
 
-def facts_of(model: Served, llm: Any, missing: dict[int, str]) -> EngineFacts:
+def facts_of(model: ServedModel, llm: Any, missing: dict[int, str]) -> EngineFacts:
     """The facts of a loaded model.
 
     Args:

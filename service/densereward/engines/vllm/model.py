@@ -25,12 +25,12 @@ from densereward.heads.base import Checkpoint
 __all__ = [
     "OWN_ARGUMENTS",
     "VERSIONS",
-    "Served",
+    "ServedModel",
     "check_installed",
     "check_version",
     "engine_arguments",
     "refuse_arguments",
-    "served",
+    "served_model",
 ]
 
 VERSIONS = ("0.32", "0.33")
@@ -89,7 +89,7 @@ _ONLY_VLLMS = ("method", "classifier_from_token")
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedModel:
     """A model that vLLM may be given.
 
     Attributes:
@@ -111,7 +111,7 @@ class Served:
     size: int
 
 
-def served(source: str, revision: str | None, longest: int | None) -> Served:
+def served_model(source: str, revision: str | None, longest: int | None) -> ServedModel:
     """Read what vLLM needs of a model in a folder or on the hub.
 
     Raises:
@@ -132,7 +132,7 @@ def served(source: str, revision: str | None, longest: int | None) -> Served:
         raise ModelError(f"{source} has no weight called score.weight; such a head would be random")
     _refuse_otherwise_read(source, config)
     files = [Path(each) for each in weight_files(source, revision)]
-    return Served(
+    return ServedModel(
         source=source,
         revision=revision,
         config=config,
@@ -222,7 +222,7 @@ def check_installed(device: str) -> None:
 
 
 def engine_arguments(
-    model: Served, given: dict[str, Any], dtype: Dtype, batch_tokens: int | None, *, caches_prompts: bool
+    model: ServedModel, given: dict[str, Any], dtype: Dtype, batch_tokens: int | None, *, caches_prompts: bool
 ) -> Any:
     """The arguments that vLLM's engine is started with.
 
