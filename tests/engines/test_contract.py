@@ -81,7 +81,7 @@ def test_a_batch_keeps_its_order_and_gives_what_eager_attention_gives(engine: En
         assert_right(captured, asked, eager)
 
 
-def test_numbers_do_not_depend_on_the_company(engine: Engine) -> None:
+def test_numbers_do_not_depend_on_the_batch(engine: Engine) -> None:
     batch = mixed(64)
     order = random.Random(1).sample(range(64), 64)
     together = engine.forward(batch)
@@ -106,13 +106,13 @@ def test_the_longest_sequence_is_read_and_so_is_the_shortest(engine: Engine, eag
         assert_right(captured, asked, eager)
 
 
-def test_what_an_engine_does_not_provide_it_does_not_claim(engine: Engine) -> None:
+def test_an_engine_claims_only_what_it_provides(engine: Engine) -> None:
     assert engine.provides >= ALL
     if engine.facts.engine != "torch":
         assert Gradients() not in engine.provides
 
 
-def test_the_looks_before_serving_pass(engine: Engine, model_folder: Path) -> None:
+def test_the_checks_before_serving_pass(engine: Engine, model_folder: Path) -> None:
     self_check(engine)
     from transformers import AutoTokenizer
 
@@ -122,7 +122,7 @@ def test_the_looks_before_serving_pass(engine: Engine, model_folder: Path) -> No
     assert [each.text for each in examine(engine, aligner) if each.status == "fail"] == []
 
 
-async def test_64_callers_at_once_each_get_their_own_and_those_who_leave_disturb_nobody(
+async def test_64_callers_at_once_each_get_their_own_results_though_some_of_them_cancel(
     engine: Engine, eager: Any
 ) -> None:
     generator = random.Random(5)

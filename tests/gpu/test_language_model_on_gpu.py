@@ -1,4 +1,4 @@
-"""Log-probabilities on CUDA against float32 on the CPU, and the looks that are taken before a model is served."""
+"""Log-probabilities on CUDA against float32 on the CPU, and the checks before a model is served."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_log_probabilities_are_those_of_the_cpu(dtype: str, tolerance: float, tm
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_a_sound_model_passes_every_look(architecture: str, tmp_path: Path) -> None:
+def test_a_sound_model_passes_every_check(architecture: str, tmp_path: Path) -> None:
     engine, _ = load(ModelSettings(model=[folder_of(architecture, tmp_path)], device="cuda"))
     assert isinstance(engine, TorchEngine)
     assert engine.facts.dtype == "bfloat16"

@@ -1,4 +1,13 @@
-"""Engines by name. An engine turns sequences into what one forward pass holds; see `base.Engine`."""
+"""Engines: they run the reward model on sequences, and return what the methods need of the forward pass.
+
+    base       the contract: Engine, StreamingEngine, and EngineFacts, what an engine says of its model
+    captured   open prefix scores and attention rows, taken from the numbers of all positions
+    torch/     transformers models in this process, in packed batches or not; language models and pairs of them
+    vllm/      vLLM's client; attention rows come from its workers
+
+Attention is captured in `torch/attention_capture.py`, in `torch/transformers_pass.py` for models that cannot be packed,
+and in `vllm/worker.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole contract of an engine."""
+"""The contract of an engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["TOLERANCE", "Engine", "EngineFacts", "StreamingEngine"]
 
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-"""How far a score may move with the batch around it, relative to the largest score: rounding, not more."""
+"""How far a score may move with the batch around it, by rounding, relative to the largest score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class EngineFacts:
     """What an engine says of the model it holds.
 
     Attributes:
-        engine: the engine's name.
+        engine: the engine's row in the table of engines.
         family: the model's architecture.
         head: the score head's name.
         device: where it runs.
@@ -30,22 +30,22 @@ class EngineFacts:
         max_length: tokens in the longest sequence it reads, closing tokens included.
         vocabulary_size: token ids are below it.
         layers: attention layers, counted from 0.
-        batch_tokens: tokens in a forward pass that the device does best with.
-        pair_cost: what one query looking at one key costs, in tokens' worth of matrix products.
+        batch_tokens: tokens in a forward pass that suit the device.
+        pair_cost: the cost of one query on one key, in units of one token's matrix products.
         weights_fingerprint: changes when a weight does.
-        weights_bytes: what they take.
+        weights_bytes: bytes of the weights.
         unit: what the head scores: a sequence (and likewise any prefix of it), a token, or a step.
         steps: how steps are written; None where the unit is no step.
-        gate: what prompts must end with, for a model that weighs objectives by what it reads where that begins.
-        notice: what an operator must know of the scores; None where they are rewards as they stand.
-        score_token: what is written behind all that closes a response, where the score is read there.
-        tokens: what the head takes some ids for, which the tokenizer must agree with.
-        reads_pairs: whether prompt and response are a pair of texts to the model.
-        reencodes: whether closed prefixes are had by scoring them as sequences of their own.
+        gate: the text that prompts must end with; where it begins, the model reads the weights of its objectives.
+        notice: what an operator must know of the scores; None where they are plain rewards.
+        score_token: the id written after the closing tokens, for a model whose score is read there.
+        tokens: tokens that the head knows by their ids; the tokenizer must have the same ids for them.
+        reads_pairs: whether the model reads prompt and response as a pair of texts.
+        reencodes: whether closed prefixes are scored as sequences of their own.
         special_ids: the model's own BOS and EOS ids by "bos" and "eos", as far as its config names them.
         shares_prompts: whether sequences of one pass that begin with the same prompt run it once.
-        advice: what else could be had, and how, where this engine cannot give what a method needs.
-        needs_prompt: whether nothing can be said of a response to an empty prompt.
+        advice: for refusals: which other engine gives what this one cannot.
+        needs_prompt: whether a response to an empty prompt cannot be scored.
     """
 
     engine: str
@@ -86,7 +86,7 @@ class Engine(Protocol):
 
     @property
     def provides(self) -> frozenset[Need]:
-        """All that can be had for a sequence beside its score; by `forward`, but for what is re-encoded."""
+        """The needs that can be met for a sequence: by `forward`, or by re-encoding (`EngineFacts.reencodes`)."""
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         """Score a batch; each sequence gets what its own `needs` name.
@@ -96,10 +96,10 @@ class Engine(Protocol):
         """
 
     def reference(self, sequence: ScoringInput) -> Captured:
-        """One sequence by an independent and slower way, to compare with.
+        """One sequence, computed in an independent and slower way, for a comparison.
 
         Raises:
-            EngineFailure: there is none.
+            EngineFailure: the engine has no such way.
         """
 
     def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:
@@ -115,19 +115,19 @@ class Engine(Protocol):
 
 @runtime_checkable
 class StreamingEngine(Engine, Protocol):
-    """Decides by itself what runs together: takes sequences one by one, whenever they come, from any thread.
+    """An engine that forms its own batches: it takes sequences one by one, at any time, from any thread.
 
     Attributes:
-        death: done when the engine has ended by itself; all that was handed over fails then, and all that will be.
+        death: done when the engine has ended by itself; then all sequences fail, those still to come too.
     """
 
     death: Future[EngineDied]
 
     def submit(self, sequence: ScoringInput) -> Future[Captured]:
-        """Hand over a sequence; cancelling what comes back drops it.
+        """Hand over a sequence; cancelling its future drops it.
 
         The future fails with `EngineFailure` where this sequence cannot be scored, with `EngineDied` where none can.
         """
 
     def metrics(self) -> bytes:
-        """The engine's own, as Prometheus reads them."""
+        """The engine's own metrics, as Prometheus reads them."""

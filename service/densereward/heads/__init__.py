@@ -1,4 +1,23 @@
-"""Heads by reward-model family: how hidden states become rewards, where they are read, and what is loaded for that."""
+"""Heads by reward-model family: how a checkpoint is recognised, what is loaded, and how hidden states become scores.
+
+What a checkpoint goes through:
+
+    head_for           the first head in the table that fits the checkpoint's config and weight names
+    base               what a head is: ScoreHead (recognised, loaded, described), DecoderHead (read from hidden states),
+                       PositionHead (read from one position's hidden state)
+    layers             heads of linear layers on a decoder, and the model class that loads them
+    output_embedding   heads that read rows of a language model's output embedding
+    products           float32 matrix products, also for the engines
+
+    bradley_terry, openrlhf, beaver, regression, pythia, value_head, v_head, mlp, internlm2, nemotron
+                                                        one score of a sequence
+    urm, gated                                          a weighted sum of objectives
+    process, step_value, math_shepherd, token_classifier    a score of a step or a token
+    encoder                                             the model's own label of a pair of texts
+    language_model                                      log-probabilities; in no table, since it is no reward model
+
+A new family is one file here and one row of the table.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +50,7 @@ HEADS = Table(
         "bradley_terry": "densereward.heads.bradley_terry:BradleyTerryHead",
     },
 )
-"""Of reward models, in the order in which they are asked whether they fit: what marks a family most comes first."""
+"""Heads of reward models. The first that fits a checkpoint reads it, so the most specific come first."""
 
 
 def head_for(checkpoint: Any, named: str | None = None) -> Any:
@@ -39,7 +58,7 @@ def head_for(checkpoint: Any, named: str | None = None) -> Any:
 
     Args:
         checkpoint: what is known of the model.
-        named: the head of models that none fits.
+        named: the head to take where none fits.
 
     Raises:
         ModelError: there is none.

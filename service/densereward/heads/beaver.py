@@ -1,4 +1,4 @@
-"""PKU-Alignment's Beaver: one linear layer called `score_head`, read at the last token; costs have their sign turned.
+"""PKU-Alignment's Beaver: one linear layer called `score_head`, read at the last token; costs are negated.
 
 A cost model's score says how harmful a response is, so the reward is the score times -1. Where the config asks to
 normalise, rewards are (r - mean) / sqrt(var) and costs r / sqrt(var), by the config's figures.
@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import LayersHead
+from densereward.heads.base import normaliser
+from densereward.heads.layers import LayersHead
 
 __all__ = ["BeaverHead"]
 
@@ -41,13 +42,11 @@ class BeaverHead(LayersHead):
         if kind == "cost":
             self.notice = _COST
         self._mean, self._deviation = 0.0, 1.0
-        if getattr(config, "do_normalize", False):
-            mean, variance = (getattr(config, name, None) for name in ("mean", "var"))
-            if mean is None or not variance:
-                raise ModelError("do_normalize is set, and the config has no `mean` and `var` to normalise by")
+        if figures := normaliser(config, "do_normalize", "mean", "var"):
+            mean, variance = figures
             self._mean = 0.0 if kind == "cost" else float(mean[0])
             self._deviation = float(variance[0]) ** 0.5
 
     def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
-        """High where the response is good."""
+        """Normalised rewards, or negated costs."""
         return self._sign * (self.logits(hidden)[:, 0] - self._mean) / self._deviation

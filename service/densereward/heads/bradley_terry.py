@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, ScoreHead, in_float32
+from densereward.heads.base import Checkpoint, PositionHead, in_float32, refuse_several_labels
 
 __all__ = ["BradleyTerryHead"]
 
 
-class BradleyTerryHead(ScoreHead):
+class BradleyTerryHead(PositionHead):
     """The linear score layer.
 
     Raises:
@@ -30,15 +30,13 @@ class BradleyTerryHead(ScoreHead):
 
     @classmethod
     def fits(cls, checkpoint: Checkpoint) -> bool:
-        """The architecture says so."""
+        """The architecture is a sequence classifier."""
         return checkpoint.architecture.endswith("ForSequenceClassification")
 
     @classmethod
     def model_class(cls, checkpoint: Checkpoint) -> Any:
-        """Transformers' own."""
-        labels = checkpoint.config.num_labels
-        if labels != 1:
-            raise ModelError(f"num_labels = {labels}; a reward model that scores sequences has 1")
+        """Transformers' own sequence classifier."""
+        refuse_several_labels(checkpoint.config)
         return AutoModelForSequenceClassification
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -51,5 +49,5 @@ class BradleyTerryHead(ScoreHead):
         self._layer = layer
 
     def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
-        """Rewards read at M positions."""
+        """Rewards at M positions."""
         return in_float32(self._layer, hidden)[:, 0]

@@ -1,19 +1,17 @@
 """Bidirectional sequence classifiers with one label, which read prompt and response as a pair of texts.
 
-OpenAssistant's DeBERTa and its like: whatever the model does between its encoder and its label is its own. A prefix of
-a response is another text to them, since every token looks at all that follow; so each is scored in a pass of its own.
+OpenAssistant's DeBERTa and others. The model itself computes its label from the whole text, so there is nothing here to
+read at a position. Every token attends to all later ones, so a prefix is another text, scored in a pass of its own.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Float, Float32
-from torch import Tensor
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForSequenceClassification, PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, ScoreHead
+from densereward.heads.base import Checkpoint, ScoreHead, refuse_several_labels
 
 __all__ = ["EncoderHead"]
 
@@ -32,7 +30,7 @@ _TRIED = (
 
 
 class EncoderHead(ScoreHead):
-    """The model's own, whole texts at a time."""
+    """The model's own label of a whole text."""
 
     name = "encoder"
     families = (
@@ -43,28 +41,19 @@ class EncoderHead(ScoreHead):
 
     @classmethod
     def fits(cls, checkpoint: Checkpoint) -> bool:
-        """A sequence classifier on what is otherwise trained to fill in masked words."""
+        """A sequence classifier on a model of a kind that is trained on masked words."""
         config = checkpoint.config
-        fills_in = type(config) in MODEL_FOR_MASKED_LM_MAPPING
-        return fills_in and checkpoint.architecture.endswith("ForSequenceClassification")
+        is_masked_model = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+        return is_masked_model and checkpoint.architecture.endswith("ForSequenceClassification")
 
     @classmethod
     def model_class(cls, checkpoint: Checkpoint) -> Any:
-        """Transformers' own."""
-        labels, kind = checkpoint.config.num_labels, checkpoint.config.model_type
-        if kind not in _TRIED:  # some attend to a part of the text alone, or change their ways with its length
+        """Transformers' own sequence classifier."""
+        kind = checkpoint.config.model_type
+        if kind not in _TRIED:  # some attend to parts of the text alone, or switch their attention with its length
             raise ModelError(f"{kind} was not tried as an encoder of pairs; {', '.join(_TRIED)} were")
-        if labels != 1:
-            raise ModelError(f"num_labels = {labels}; a reward model that scores sequences has 1")
+        refuse_several_labels(checkpoint.config)
         return AutoModelForSequenceClassification
 
     def __init__(self, model: PreTrainedModel) -> None:
-        pass
-
-    def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:  # noqa: ARG002
-        """Not to be had of single positions.
-
-        Raises:
-            ModelError: always.
-        """
-        raise ModelError(f"{self.name} reads whole texts")
+        """Nothing is taken from the model, which computes its score itself."""

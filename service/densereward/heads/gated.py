@@ -1,11 +1,11 @@
-"""ArmoRM and QRM: several objectives, weighed by a gate that reads the prompt at one fixed place.
+"""ArmoRM and QRM: several objectives, weighted by a gate that reads the prompt at one fixed position.
 
     score(t) = sum_k gate_k * (objectives(h_t) M)_k          gate = scale * softmax(layers(h_g) / temperature)
 
 h_g is the hidden state where the prompt's last message ends, five tokens before the response, and M mixes objectives.
-So the gate is the same for all prefixes of a response, and nothing that its tokens do moves it: contributions and
-gradients are those of the score with the gate as it stands. QRM predicts quantiles of each objective, whose mean it
-takes, and has a batch normalisation behind each layer of the gate but the last; ArmoRM has neither.
+The gate is the same for all prefixes of a response and does not depend on its tokens, so contributions and gradients
+take it as a constant. QRM predicts quantiles of each objective and takes their mean; it also has a batch normalisation
+after each layer of the gate but the last. ArmoRM has neither.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, ScoreHead, in_float32
+from densereward.heads.base import Checkpoint, DecoderHead, in_float32
+from densereward.heads.layers import decoder_class
 
 __all__ = ["GatedHead"]
 
 _GATE = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
-class GatedHead(ScoreHead):
+class GatedHead(DecoderHead):
     """Objectives and the gate over them.
 
     Raises:
@@ -41,15 +42,13 @@ class GatedHead(ScoreHead):
 
     @classmethod
     def fits(cls, checkpoint: Checkpoint) -> bool:
-        """There are a gate and a layer of objectives."""
+        """The checkpoint has a gate and a layer of objectives."""
         return checkpoint.holds("regression_layer.weight") and checkpoint.holds("gating.logit_scale")
 
     @classmethod
     def model_class(cls, checkpoint: Checkpoint) -> Any:
         """The decoder with the gate's modules under the names that checkpoints have."""
-        if type(checkpoint.config) not in MODEL_MAPPING:
-            raise ModelError(f"transformers has no decoder for {checkpoint.config.model_type}")
-        decoder: Any = MODEL_MAPPING[type(checkpoint.config)]
+        decoder = decoder_class(checkpoint)
         family: Any = decoder.__bases__[0]
         shapes = checkpoint.shapes
 
@@ -79,21 +78,13 @@ class GatedHead(ScoreHead):
         if self._mixing.shape != (size, size) or self._objectives.out_features % size:
             raise ModelError(f"{self._objectives.out_features} outputs are not for {size} objectives")
 
-    def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:  # noqa: ARG002
-        """Not to be had without the gate.
-
-        Raises:
-            ModelError: always.
-        """
-        raise ModelError(f"{self.name} reads a score in two places")
-
     def parts(
         self,
         hidden: Float[Tensor, "M E"],
         gates: Float[Tensor, "B E"],
         owner: Int64[Tensor, " M"] | Sequence[int],
     ) -> Float32[Tensor, "K M"]:
-        """The objectives, weighed by the gate of each position's sequence."""
+        """The objectives, weighted by the gate of each position's sequence."""
         quantiles = in_float32(self._objectives, hidden).unflatten(1, (len(self._mixing), -1))
         objectives = quantiles.mean(dim=2) @ self._mixing.float()
         parts: Float32[Tensor, "M K"] = self._weights(gates)[owner] * objectives
@@ -126,7 +117,7 @@ def _batch_norm(layer: nn.BatchNorm1d, values: Tensor) -> Tensor:
 
 
 def _gate_layers(checkpoint: Checkpoint) -> nn.ModuleList:
-    """Linear layers and batch normalisations in their places, ReLU in the places between that have no weights."""
+    """Linear layers and batch normalisations at their indices, ReLU at the indices that have no weights."""
     found: dict[int, nn.Module] = {}
     for name, shape in checkpoint.shapes.items():
         match = re.fullmatch(r"gating\.layers\.(\d+)\.weight", name)

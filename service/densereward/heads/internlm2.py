@@ -1,7 +1,7 @@
-"""InternLM2's reward models: one linear layer called `v_head`, read at a token that is written behind the dialogue.
+"""InternLM2's reward models: one linear layer called `v_head`, read at a token that is written after the dialogue.
 
 The decoder is Llama's under other names, with queries, keys and values in one matrix: for each key head its queries,
-then the key, then the value. Its weights are taken apart while they are loaded, so that transformers' Llama runs them.
+then the key, then the value. The matrix is split while it is loaded, so that transformers' Llama runs it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, LayersHead
+from densereward.heads.base import Checkpoint
+from densereward.heads.layers import LayersHead
 
 __all__ = ["InternLM2Head"]
 
@@ -33,7 +34,7 @@ class InternLM2Head(LayersHead):
     """The layer.
 
     Raises:
-        ModelError: the config does not say at which token it is read.
+        ModelError: the config does not name the token at which the score is read.
     """
 
     name = "internlm2"
@@ -43,18 +44,18 @@ class InternLM2Head(LayersHead):
 
     @classmethod
     def fits(cls, checkpoint: Checkpoint) -> bool:
-        """The architecture says so."""
+        """The architecture is InternLM2's reward model."""
         return checkpoint.architecture == "InternLM2ForRewardModel"
 
     @classmethod
     def model_class(cls, checkpoint: Checkpoint) -> Any:
-        """Llama with the layer on it, and what transformers must know to load it."""
-        loaded = super().model_class(checkpoint)
+        """Llama with the layer on it; transformers is told how to convert the weights."""
+        model_class = super().model_class(checkpoint)
         renamed = [WeightRenaming(theirs, ours) for theirs, ours in _NAMES.items()]
         parts = [f"self_attn.{part}_proj" for part in "qkv"]
-        apart = WeightConverter("attention.wqkv", parts, [_TakenApart()])
-        register_checkpoint_conversion_mapping(loaded.__name__, [*renamed, apart], overwrite=True)
-        return loaded
+        split = WeightConverter("attention.wqkv", parts, [_SplitAttention()])
+        register_checkpoint_conversion_mapping(model_class.__name__, [*renamed, split], overwrite=True)
+        return model_class
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -64,8 +65,8 @@ class InternLM2Head(LayersHead):
         self.score_token = token
 
 
-class _TakenApart(ConversionOps):
-    """Queries, keys and values out of one matrix, or one bias."""
+class _SplitAttention(ConversionOps):
+    """Splits one matrix, or one bias, into queries, keys and values."""
 
     @torch.no_grad()
     def convert(
@@ -73,12 +74,12 @@ class _TakenApart(ConversionOps):
         input_dict: dict[str, Any],
         source_patterns: list[str],  # noqa: ARG002
         target_patterns: list[str],
-        **known: Any,
+        **context: Any,
     ) -> dict[str, Any]:
         """The three, by their names."""
-        config = known["config"]
-        (given,) = input_dict.values()
-        fused: Tensor = given[0] if isinstance(given, list) else given
+        config = context["config"]
+        (value,) = input_dict.values()
+        fused: Tensor = value[0] if isinstance(value, list) else value
         heads = config.num_key_value_heads
         groups = fused.unflatten(0, (heads, config.num_attention_heads // heads + 2, -1))
         parts = (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])

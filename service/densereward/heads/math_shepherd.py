@@ -1,7 +1,7 @@
 """Math-Shepherd: a language model that says `+` or `-` at the tag after each step.
 
-A step's score is the probability of ` +`, of the two, at the tag ` ки`; steps are lines, and the line breaks stay in
-the text, which is read as one with the prompt. The ids are those of the published model's tokenizer.
+A step's score is the probability of ` +` against ` -` at the tag ` ки`. Steps are lines; the line breaks stay in the
+text, which is tokenised together with the prompt. The ids are those of the published model's tokenizer.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class MathShepherdHead(OutputEmbeddingHead):
     unit = "step"
     steps = Steps(cut="\n", separator=" ки", whole=True, joint=" ")
     tokens: ClassVar[Mapping[str, int]] = {"▁+": _GOOD, "▁-": _BAD, "▁ки": 12902}
-    wanted = f"output embeddings of the tokens {_GOOD} and {_BAD}"
+    needed = f"output embeddings of the tokens {_GOOD} and {_BAD}"
 
     @classmethod
-    def holds(cls, layer: Any) -> bool:
-        """The two rows, without a bias."""
+    def suits(cls, layer: Any) -> bool:
+        """It has the two rows and no bias."""
         return layer.bias is None and len(layer.weight) > _GOOD
 
     def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from densereward.heads.base import Checkpoint, LayersHead
+from densereward.heads.base import Checkpoint
+from densereward.heads.layers import LayersHead
 
 __all__ = ["MlpHead"]
 

@@ -22,7 +22,7 @@ class NemotronHead(OutputEmbeddingHead):
 
     name = "nemotron"
     families = "Llama-3.1-Nemotron-70B-Reward-HF (with `--head nemotron`)"
-    wanted = "output embedding whose first row could be a score"
+    needed = "output embedding whose first row could be a score"
 
     def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
         """Logits of token 0."""

@@ -12,8 +12,8 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, LayersHead, decoder_with
+from densereward.heads.base import Checkpoint, normaliser
+from densereward.heads.layers import LayersHead, decoder_with
 
 __all__ = ["OpenRlhfHead"]
 
@@ -30,9 +30,9 @@ class OpenRlhfHead(LayersHead):
 
     @classmethod
     def fits(cls, checkpoint: Checkpoint) -> bool:
-        """The config holds what OpenRLHF writes into it."""
-        written = any(hasattr(checkpoint.config, name) for name in ("value_head_prefix", "normalize_reward"))
-        return written and checkpoint.holds(f"{_layer(checkpoint.config)}.weight")
+        """The config has an entry that OpenRLHF writes."""
+        from_openrlhf = any(hasattr(checkpoint.config, name) for name in ("value_head_prefix", "normalize_reward"))
+        return from_openrlhf and checkpoint.holds(f"{_layer(checkpoint.config)}.weight")
 
     @classmethod
     def model_class(cls, checkpoint: Checkpoint) -> Any:
@@ -41,14 +41,11 @@ class OpenRlhfHead(LayersHead):
 
     def __init__(self, model: PreTrainedModel) -> None:
         config: Any = model.config
-        self._take(model, _layer(config))
+        self._take_layers(model, _layer(config))
         self._mean, self._deviation = 0.0, 1.0
-        if getattr(config, "normalize_reward", False):
-            mean, deviation = getattr(config, "mean", None), getattr(config, "std", None)
-            if mean is None or not deviation:
-                raise ModelError("normalize_reward is set, and the config has no `mean` and `std` to normalise by")
-            self._mean, self._deviation = float(mean), float(deviation)
+        if figures := normaliser(config, "normalize_reward", "mean", "std"):
+            self._mean, self._deviation = (float(figure) for figure in figures)
 
     def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
-        """Normalised where the config says so."""
+        """The output, normalised if the config asks for it."""
         return (self.logits(hidden)[:, 0] - self._mean) / self._deviation

@@ -1,8 +1,8 @@
 """Process reward models in the form of Qwen2.5-Math-PRM: two layers, read at the special token after each step.
 
-`score` is Linear, ReLU, Linear with two labels, and a step's score the probability of the second, as the model's card
-reads it. Responses are cut into steps at blank lines; `<extra_0>` is written after each. The architecture is not one
-of transformers', and its published code is not run: the decoder is transformers' own and the head is this one.
+`score` is Linear, ReLU, Linear with two labels, and a step's score is the probability of the second, as in the model's
+card. Responses are cut into steps at blank lines; `<extra_0>` is written after each. Transformers does not have the
+architecture, and its published code is not run: the decoder is transformers' own, and the head is this one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from densereward.capture import Steps
-from densereward.heads.base import Checkpoint, LayersHead, good_label
+from densereward.heads.base import Checkpoint, good_label
+from densereward.heads.layers import LayersHead
 
 __all__ = ["ProcessHead"]
 
@@ -31,7 +32,7 @@ class ProcessHead(LayersHead):
 
     @classmethod
     def fits(cls, checkpoint: Checkpoint) -> bool:
-        """The architecture says so."""
+        """The architecture is a process reward model."""
         return checkpoint.architecture.endswith("ForProcessRewardModel")
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -1,7 +1,7 @@
-"""Matrix products: float32 on the CPU by oneDNN, half precision on a GPU without rounding the result.
+"""Matrix products: in float32 by oneDNN on a CPU, in half precision on a GPU without rounding the result.
 
-torch gives float32 products on the CPU to MKL, which keeps to AVX2 on processors that are not Intel's: on an AMD EPYC
-with AVX-512, oneDNN is 2.3 times as fast on the same products. Where it has no such kernels, torch's own are used.
+torch computes float32 products on a CPU by MKL, which uses only AVX2 on processors that are not Intel's: on an AMD EPYC
+with AVX-512, oneDNN is 2.3 times as fast on the same products. Where torch has no oneDNN, its own kernels are used.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def onednn_computes(weight: Tensor) -> bool:
 
 
 def by_onednn(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Hidden times weight transposed, and bias; has no derivative."""
+    """Hidden times the transposed weight, plus bias; it has no derivative."""
     output: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
     return output
 
 
 def product(hidden: Float[Tensor, "M E"], weight: Float[Tensor, "V E"]) -> Float32[Tensor, "M V"]:
-    """Hidden times weight transposed, never rounded to less than float32; without a derivative."""
+    """Hidden times the transposed weight, never rounded to less than float32; it has no derivative."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     hidden, weight = hidden.float(), weight.float()

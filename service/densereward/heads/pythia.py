@@ -1,7 +1,7 @@
 """OpenAssistant's Pythia: one linear layer called `out_proj` on GPT-NeoX, read at the last token.
 
-`pooling` in the config is `last` or `mean`. A mean over all positions cannot be packed: it is read by
-`engines.torch.unpacked`, a prefix's as the mean over the prefix.
+`pooling` in the config is `last` or `mean`. A mean over all positions cannot be packed: `engines.torch.unpacked` reads
+it, and a prefix's score is the mean over the prefix.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, LayersHead
+from densereward.heads.base import Checkpoint
+from densereward.heads.layers import LayersHead
 
 __all__ = ["PythiaHead"]
 
@@ -25,7 +26,7 @@ class PythiaHead(LayersHead):
 
     @classmethod
     def fits(cls, checkpoint: Checkpoint) -> bool:
-        """The architecture says so; other decoders have layers of that name, too."""
+        """By the architecture, since other decoders have layers of that name, too."""
         return checkpoint.architecture == "GPTNeoXRewardModel"
 
     @classmethod

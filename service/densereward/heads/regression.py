@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from densereward.heads.base import LayersHead
+from densereward.heads.layers import LayersHead
 
 __all__ = ["RegressionHead"]
 

@@ -1,7 +1,6 @@
 """Skywork-o1-Open-PRM: one linear layer called `v_head.summary`, read at the line break after each step.
 
-A step's score is the sigmoid of the layer's output. Steps are lines, and every line break ends one, that of an empty
-line too.
+A step's score is the sigmoid of the layer's output. Steps are lines; the line break of an empty line ends a step, too.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from densereward.capture import Steps
-from densereward.heads.base import Checkpoint, LayersHead
+from densereward.heads.base import Checkpoint
+from densereward.heads.layers import LayersHead
 
 __all__ = ["StepValueHead"]
 
@@ -27,7 +27,7 @@ class StepValueHead(LayersHead):
 
     @classmethod
     def fits(cls, checkpoint: Checkpoint) -> bool:
-        """The architecture says so."""
+        """The architecture is a process reward model of this family."""
         return checkpoint.architecture.endswith("ForPrmModel")
 
     def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:

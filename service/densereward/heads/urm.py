@@ -1,9 +1,9 @@
-"""URM: a mean and a spread of each attribute, and weights for the attributes that come from the same hidden state.
+"""URM: a mean and a deviation of each attribute, and weights of the attributes from the same hidden state.
 
     score(t) = sum_k weights(h_t)_k * mean_k(h_t)
 
-`score` gives mean and spread of each attribute side by side; `weights` is Linear, SELU, Linear, SELU, Linear. The
-spread has no part in the score.
+`score` gives mean and deviation of each attribute side by side; `weights` is Linear, SELU, Linear, SELU, Linear. The
+deviation has no part in the score.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from densereward.errors import ModelError
-from densereward.heads.base import Checkpoint, ScoreHead, decoder_with, in_float32
+from densereward.heads.base import Checkpoint, PositionHead, in_float32
+from densereward.heads.layers import decoder_with
 
 __all__ = ["UrmHead"]
 
 
-class UrmHead(ScoreHead):
-    """Attributes and the layers that weigh them.
+class UrmHead(PositionHead):
+    """Attributes and the layers that give their weights.
 
     Raises:
         ModelError: there are not as many weights as means.
@@ -35,12 +36,12 @@ class UrmHead(ScoreHead):
 
     @classmethod
     def fits(cls, checkpoint: Checkpoint) -> bool:
-        """There are layers that weigh what `score` gives."""
+        """The checkpoint has layers for the weights of what `score` gives."""
         return checkpoint.holds("weights.fc.0.weight") and checkpoint.holds("score.weight")
 
     @classmethod
     def model_class(cls, checkpoint: Checkpoint) -> Any:
-        """The decoder with both on it."""
+        """The decoder with attributes and weights on it."""
         return decoder_with(checkpoint, "score", "weights.fc")
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -54,7 +55,7 @@ class UrmHead(ScoreHead):
             )
 
     def scores(self, hidden: Float[Tensor, "M E"]) -> Float32[Tensor, " M"]:
-        """The weighted means."""
+        """The sum of the weighted means."""
         return self.parts(hidden, hidden[:0], ()).sum(dim=0)
 
     def parts(
@@ -63,7 +64,7 @@ class UrmHead(ScoreHead):
         gates: Float[Tensor, "B E"],  # noqa: ARG002
         owner: Int64[Tensor, " M"] | Sequence[int],  # noqa: ARG002
     ) -> Float32[Tensor, "K M"]:
-        """The means, weighed."""
+        """The weighted means."""
         means = in_float32(self._attributes, hidden)[:, ::2]
         weights: Tensor = hidden.float()
         for each in self._weights[:-1]:

@@ -1,11 +1,11 @@
 """Starling-RM: one linear layer without a bias, called `v_head`, on a decoder whose weights are under `transformer`.
 
-Starling reads its score at the token before the first padding token, which is the last of the sequence.
+Starling reads its score at the token before the first padding token: the last token of the sequence.
 """
 
 from __future__ import annotations
 
-from densereward.heads.base import LayersHead
+from densereward.heads.layers import LayersHead
 
 __all__ = ["VHead"]
 

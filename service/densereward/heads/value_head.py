@@ -1,15 +1,14 @@
 """Heads called `v_head.summary`: GRM's reward layers, and TRL's value head.
 
-GRM's is Linear, ReLU, Linear, or a single layer if `vhead_layer_type` in its config says so. TRL's
-`AutoModelForCausalLMWithValueHead` has a single layer of that name, which estimates a policy's value and is no reward:
-it is served, and the notice says what it is.
+GRM's is Linear, ReLU, Linear, or a single layer, as `vhead_layer_type` in its config says. The single layer of TRL's
+`AutoModelForCausalLMWithValueHead` estimates a policy's value, which is no reward: it is served, with a notice.
 """
 
 from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from densereward.heads.base import LayersHead
+from densereward.heads.layers import LayersHead
 
 __all__ = ["ValueHead"]
 
@@ -17,7 +16,7 @@ _VALUE = "the score is the value that a policy was estimated to have, not a rewa
 
 
 class ValueHead(LayersHead):
-    """The layers; dropout has no part in inference."""
+    """The layers; dropout does nothing in inference."""
 
     name = "value_head"
     families = "GRM (one or more layers), TRL's value heads"

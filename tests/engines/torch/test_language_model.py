@@ -103,7 +103,7 @@ def _prepared(architecture: str) -> Any:
     return model
 
 
-def test_a_long_sequence_in_pieces_and_prompts_that_are_kept_give_the_same(two: Two, tmp_path: Path) -> None:
+def test_a_long_sequence_in_chunks_and_cached_prompts_give_the_same(two: Two, tmp_path: Path) -> None:
     _, model = two
     model.save_pretrained(tmp_path)
     engine = LanguageModel.load(str(tmp_path), device="cpu", batch_tokens=50, prompt_cache=2**24)
@@ -204,7 +204,7 @@ def test_a_pair_is_the_difference_of_its_models(tmp_path: Path) -> None:
         assert captured.prefixes["open"].before == 0
 
 
-def test_a_pair_leaves_alone_what_only_the_policy_is_asked_for(tmp_path: Path) -> None:
+def test_what_needs_only_the_policy_does_not_run_through_the_reference(tmp_path: Path) -> None:
     folders = [tiny.save_language_model(tmp_path / str(seed), seed=seed) for seed in range(2)]
     first, second = (LanguageModel.load(str(folder), device="cpu") for folder in folders)
     [own], [reference_own] = (model.forward([sequences()[0]]) for model in (first, second))

@@ -34,9 +34,9 @@ def test_rotary_factors_that_follow_the_longest_sequence_in_a_batch_limit_the_le
 def test_a_config_that_names_no_length_is_refused_until_one_is_given() -> None:
     with pytest.raises(ModelError, match="set --max-length"):
         max_length(PreTrainedConfig())
-    assert max_length(PreTrainedConfig(), asked=100) == 100
+    assert max_length(PreTrainedConfig(), requested=100) == 100
 
 
 def test_less_than_the_config_gives_may_be_asked_for_and_no_more() -> None:
-    assert max_length(LlamaConfig(max_position_embeddings=777), asked=100) == 100
-    assert max_length(LlamaConfig(max_position_embeddings=777), asked=1000) == 777
+    assert max_length(LlamaConfig(max_position_embeddings=777), requested=100) == 100
+    assert max_length(LlamaConfig(max_position_embeddings=777), requested=1000) == 777

@@ -12,14 +12,14 @@ from transformers import AutoModelForSequenceClassification
 
 import tiny
 from densereward.capture import ScoringInput
-from densereward.engines.torch.own_attention import OwnAttention
 from densereward.engines.torch.probes import gives_rows, has_fused, is_causal
+from densereward.engines.torch.transformers_pass import TransformersPass
 
 
-def tried(folder: Path, **config: Any) -> OwnAttention:
+def tried(folder: Path, **config: Any) -> TransformersPass:
     model = AutoModelForSequenceClassification.from_pretrained(folder, **config)
     model.requires_grad_(False)
-    return OwnAttention(model, whole=True, fused=has_fused(model))
+    return TransformersPass(model, reads_texts=True, fused=has_fused(model))
 
 
 def test_scores_that_change_with_the_tokens_behind_them_look_ahead() -> None:

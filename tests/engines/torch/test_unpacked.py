@@ -75,7 +75,7 @@ def test_texts_of_any_length_share_a_batch_in_fused_attention_too(kind: str, tmp
 
 
 @pytest.mark.parametrize("kind", tiny.ENCODERS)
-def test_what_stands_behind_an_encoder_computes_in_float32(kind: str, tmp_path: Path) -> None:
+def test_layers_behind_an_encoder_compute_in_float32(kind: str, tmp_path: Path) -> None:
     tiny.save_encoder(tmp_path, kind)
     if kind == "deberta":
         with pytest.raises(ModelError, match=r"does not run in bfloat16: .*; try --dtype float32"):

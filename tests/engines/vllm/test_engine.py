@@ -80,12 +80,12 @@ def chunked(model_folder: Path, start_vllm: Start) -> Iterator[Any]:
     engine.close()
 
 
-def test_sequences_that_lose_their_place_keep_their_numbers(chunked: Any, model_folder: Path) -> None:
+def test_preempted_sequences_have_the_same_numbers(chunked: Any, model_folder: Path) -> None:
     assert_eager(chunked, [sequence(300, seed) for seed in range(12)], reference.eager(model_folder))
     assert metric(chunked, "vllm:num_preemptions_total") > 0
 
 
-def test_what_is_cancelled_leaves_vllm(chunked: Any) -> None:
+def test_cancelled_sequences_are_removed_from_vllm(chunked: Any) -> None:
     waiting = [chunked.submit(sequence(300, seed)) for seed in range(40)]
     for each in waiting[1:]:
         each.cancel()
@@ -178,7 +178,7 @@ def test_a_start_that_fails_leaves_no_process_behind(
     assert children_named("EngineCore", os.getpid()) == others
 
 
-def test_a_model_that_reads_little_is_looked_at_within_that(model_folder: Path) -> None:
+def test_a_model_with_a_short_maximum_length_is_checked_within_it(model_folder: Path) -> None:
     from densereward.engines import ENGINES
 
     engine = ENGINES["vllm"].load(str(model_folder), arguments={"kv_cache_memory_bytes": 2**26}, longest=20)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from densereward.checks.loading import load
-from densereward.engines.vllm.model import check_version, refuse_arguments, served
+from densereward.engines.vllm.model import check_version, refuse_arguments, served_model
 from densereward.errors import ModelError
 from densereward.settings import ModelSettings
 
@@ -41,18 +41,18 @@ def test_arguments_are_vllms_and_the_operators() -> None:
 
 
 def test_a_sequence_classifier_is_what_it_is_in_its_files(tiny_llama: Path) -> None:
-    found = served(str(tiny_llama), None, 100)
+    found = served_model(str(tiny_llama), None, 100)
     assert (found.head, found.longest) == ("bradley_terry", 100)
     assert found.size == (tiny_llama / "model.safetensors").stat().st_size
 
 
 def test_the_fingerprint_changes_with_one_weight(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path)
-    before = served(str(folder), None, None).fingerprint
+    before = served_model(str(folder), None, None).fingerprint
     weights = load_file(folder / "model.safetensors")
     weights["score.weight"][0, 0] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert served(str(folder), None, None).fingerprint != before
+    assert served_model(str(folder), None, None).fingerprint != before
 
 
 def _two_labels(folder: Path) -> Path:
@@ -93,7 +93,7 @@ def _made_of_a_language_model(folder: Path) -> Path:
 
 
 def test_a_window_that_both_have_is_taken(tmp_path: Path) -> None:
-    assert served(str(tiny.save(tmp_path, "mistral")), None, None).config.sliding_window == 9
+    assert served_model(str(tiny.save(tmp_path, "mistral")), None, None).config.sliding_window == 9
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_window_that_both_have_is_taken(tmp_path: Path) -> None:
 )
 def test_what_vllm_would_read_in_its_own_way_is_refused(make: Callable[[Path], Path], why: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=why):
-        served(str(make(tmp_path)), None, None)
+        served_model(str(make(tmp_path)), None, None)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from densereward.engines.vllm.worker import Asked, Rows, attended
+from densereward.engines.vllm.attention_rows import RowRequest, attention_weights
+from densereward.engines.vllm.worker import RowCapture
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 
@@ -62,15 +63,15 @@ def by_hand(layer: Any, query: torch.Tensor, keys: torch.Tensor) -> list[list[fl
 def test_weights_are_the_softmax_of_scaled_products_of_each_head(changes: dict[str, Any]) -> None:
     layer = layer_of(**changes)
     query, key, _ = states(7, seed=1)
-    found = attended(layer, query[-1], key).flatten(0, 1)
+    found = attention_weights(layer, query[-1], key).flatten(0, 1)
     np.testing.assert_allclose(found.numpy(), by_hand(layer, query[-1], key), atol=1e-6)
 
 
-def test_what_a_request_wants_survives_its_travel() -> None:
-    asked = Asked((0, 5), checks=True)
-    assert Asked.read(SimpleNamespace(extra_kwargs=asked.written)) == asked
-    assert Asked.read(SimpleNamespace(extra_kwargs=None)) == Asked()
-    assert Asked().written is None
+def test_a_request_for_rows_is_read_from_its_pooling_parameters() -> None:
+    request = RowRequest((0, 5), checks=True)
+    assert RowRequest.read(SimpleNamespace(extra_kwargs=request.extra_kwargs)) == request
+    assert RowRequest.read(SimpleNamespace(extra_kwargs=None)) == RowRequest()
+    assert RowRequest().extra_kwargs is None
 
 
 class Worker:
@@ -78,20 +79,20 @@ class Worker:
 
     def __init__(self, layers: dict[int, Any], ranks: Any = None) -> None:
         self.layers = layers
-        self.rows = rows = Rows(layers, ranks or SimpleNamespace(world_size=1))
+        self.capture = capture = RowCapture(layers, ranks or SimpleNamespace(world_size=1))
         for index, layer in layers.items():
-            layer.impl.forward = rows.around_kernel(index, layer.impl.forward)
-        self._run = rows.around_pass(self._pass)
-        self._pool = rows.around_pooler(self._pooler)
+            layer.impl.forward = capture.around_kernel(index, layer.impl.forward)
+        self._run = capture.around_pass(self._pass)
+        self._pool = capture.around_pooler(self._pooler)
         self._states: dict[str, Any] = {}
         self._known: set[str] = set()
         self.skips_kernels = False
 
-    def run(self, *parts: tuple[str, Asked, int, int, int], finished: tuple[str, ...] = ()) -> dict[str, Any]:
+    def run(self, *parts: tuple[str, RowRequest, int, int, int], finished: tuple[str, ...] = ()) -> dict[str, Any]:
         """Each part: the request, what it wants, its length, and from which token to which it runs now."""
         new = [
-            SimpleNamespace(req_id=name, pooling_params=SimpleNamespace(extra_kwargs=asked.written))
-            for name, asked, *_ in parts
+            SimpleNamespace(req_id=name, pooling_params=SimpleNamespace(extra_kwargs=request.extra_kwargs))
+            for name, request, *_ in parts
             if name not in self._known
         ]
         self._known |= {name for name, *_ in parts}
@@ -107,7 +108,7 @@ class Worker:
         )
         metadata = SimpleNamespace(
             pooling_cursor=cursor,
-            pooling_params=[SimpleNamespace(extra_kwargs=asked.written) for _, asked, *_ in parts],
+            pooling_params=[SimpleNamespace(extra_kwargs=request.extra_kwargs) for _, request, *_ in parts],
             pooling_states=[self._states.setdefault(name, _State()) for name, *_ in parts],
         )
         outputs = self._pool(torch.zeros(sum(scheduled.values()), 1), metadata)
@@ -163,9 +164,11 @@ def expected(worker: Worker, name: str, length: int, layer: int) -> Any:
     return np.mean(by_hand(worker.layers[layer], query[-1], key), axis=0)
 
 
-def test_rows_follow_the_scores_of_requests_that_want_them_and_of_no_others() -> None:
+def test_rows_are_appended_to_the_scores_of_requests_that_ask_for_them_alone() -> None:
     worker = Worker({0: layer_of(), 1: layer_of(window=3)})
-    outputs = worker.run(("a", Asked((1, 0)), 5, 0, 5), ("b", Asked(), 4, 0, 4), ("c", Asked((0,)), 3, 0, 3))
+    outputs = worker.run(
+        ("a", RowRequest((1, 0)), 5, 0, 5), ("b", RowRequest(), 4, 0, 4), ("c", RowRequest((0,)), 3, 0, 3)
+    )
     assert [tuple(each.shape) for each in outputs.values()] == [(5, 3), (4, 1), (3, 2)]
     np.testing.assert_array_equal(outputs["a"][:, 0], range(5))
     np.testing.assert_allclose(outputs["a"][:, 1], expected(worker, "a", 5, 1), atol=1e-6)
@@ -180,60 +183,60 @@ def test_a_prompt_in_any_chunks_beside_another_gives_the_row_of_the_whole(one: l
     done = {"a": 0, "b": 0}
     found: dict[str, Any] = {}
     while waiting := [name for name in chunks if chunks[name]]:
-        parts: list[tuple[str, Asked, int, int, int]] = []
+        parts: list[tuple[str, RowRequest, int, int, int]] = []
         for name in waiting:
             start, length = done[name], done[name] + sum(chunks[name])
             done[name] += chunks[name].pop(0)
-            parts.append((name, Asked((0,)), length, start, done[name]))
+            parts.append((name, RowRequest((0,)), length, start, done[name]))
         outputs = worker.run(*parts)
         found |= {name: output for name, output in outputs.items() if output is not None}
     for name, output in found.items():
         np.testing.assert_allclose(output[:, 1], expected(worker, name, done[name], 0), atol=1e-6)
 
 
-def test_a_request_that_was_preempted_starts_again_with_nothing_of_before() -> None:
+def test_a_preempted_request_starts_again_without_its_earlier_chunks() -> None:
     worker = Worker({0: layer_of()})
-    assert worker.run(("a", Asked((0,)), 6, 0, 4)) == {"a": None}
-    worker.run(("b", Asked(), 3, 0, 3))  # and "a" has lost its place
-    assert worker.run(("a", Asked((0,)), 6, 0, 2)) == {"a": None}
-    output = worker.run(("a", Asked((0,)), 6, 2, 6))["a"]
+    assert worker.run(("a", RowRequest((0,)), 6, 0, 4)) == {"a": None}
+    worker.run(("b", RowRequest(), 3, 0, 3))  # and "a" has lost its place
+    assert worker.run(("a", RowRequest((0,)), 6, 0, 2)) == {"a": None}
+    output = worker.run(("a", RowRequest((0,)), 6, 2, 6))["a"]
     np.testing.assert_array_equal(output[:, 0], range(6))
     np.testing.assert_allclose(output[:, 1], expected(worker, "a", 6, 0), atol=1e-6)
 
 
-def test_a_checked_row_is_told_how_far_its_weighted_values_are_from_the_kernels() -> None:
+def test_a_checked_row_has_the_error_of_its_weighted_values_against_the_kernels() -> None:
     worker = Worker({0: layer_of()})
-    right = worker.run(("a", Asked((0,), checks=True), 5, 0, 3), ("b", Asked((0,)), 2, 0, 2))
-    right |= worker.run(("a", Asked((0,), checks=True), 5, 3, 5))
+    right = worker.run(("a", RowRequest((0,), checks=True), 5, 0, 3), ("b", RowRequest((0,)), 2, 0, 2))
+    right |= worker.run(("a", RowRequest((0,), checks=True), 5, 3, 5))
     assert tuple(right["a"].shape) == (5, 3)
     assert float(right["a"][:, 2].max()) < 1e-5
     wrong = Worker({0: layer_of()})
     kernel = Worker._attention
     worker_layer = layer_of(window=2)  # what the kernel does, and the row does not know of
     wrong._attention = lambda _, *given: kernel(worker_layer, *given)  # type: ignore[method-assign]
-    assert float(wrong.run(("a", Asked((0,), checks=True), 5, 0, 5))["a"][:, 2].max()) > 0.01
+    assert float(wrong.run(("a", RowRequest((0,), checks=True), 5, 0, 5))["a"][:, 2].max()) > 0.01
 
 
-def test_a_kernel_that_runs_without_its_hook_leaves_no_column() -> None:
+def test_a_kernel_that_runs_without_its_hook_gives_no_column() -> None:
     worker = Worker({0: layer_of()})
     worker.skips_kernels = True
-    assert tuple(worker.run(("a", Asked((0,)), 3, 0, 3))["a"].shape) == (3, 1)
+    assert tuple(worker.run(("a", RowRequest((0,)), 3, 0, 3))["a"].shape) == (3, 1)
 
 
 def test_heads_of_several_ranks_are_averaged() -> None:
     twice = SimpleNamespace(world_size=2, all_reduce=lambda tensor: tensor * 3)  # the other rank's is twice as large
     worker = Worker({0: layer_of()}, twice)
-    output = worker.run(("a", Asked((0,)), 4, 0, 4))["a"]
+    output = worker.run(("a", RowRequest((0,)), 4, 0, 4))["a"]
     np.testing.assert_allclose(output[:, 1], 1.5 * expected(worker, "a", 4, 0), atol=1e-6)
 
 
 def test_a_chunk_that_was_lost_costs_the_row_and_not_the_scores() -> None:
     worker = Worker({0: layer_of()})
-    worker.run(("a", Asked((0,)), 6, 0, 2))
+    worker.run(("a", RowRequest((0,)), 6, 0, 2))
     worker.skips_kernels = True
-    worker.run(("a", Asked((0,)), 6, 2, 4))
+    worker.run(("a", RowRequest((0,)), 6, 2, 4))
     worker.skips_kernels = False
-    assert tuple(worker.run(("a", Asked((0,)), 6, 4, 6))["a"].shape) == (6, 1)
+    assert tuple(worker.run(("a", RowRequest((0,)), 6, 4, 6))["a"].shape) == (6, 1)
 
 
 def test_a_failure_of_a_hook_costs_the_row_and_not_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,21 +244,21 @@ def test_a_failure_of_a_hook_costs_the_row_and_not_the_process(monkeypatch: pyte
         raise RuntimeError("no memory")
 
     worker = Worker({0: layer_of()})
-    monkeypatch.setattr("densereward.engines.vllm.worker.attended", fail)
-    assert tuple(worker.run(("a", Asked((0,)), 3, 0, 3))["a"].shape) == (3, 1)
-    monkeypatch.setattr("densereward.engines.vllm.worker._Pass", fail)
-    assert tuple(worker.run(("b", Asked((0,)), 3, 0, 3))["b"].shape) == (3, 1)
+    monkeypatch.setattr("densereward.engines.vllm.worker.attention_weights", fail)
+    assert tuple(worker.run(("a", RowRequest((0,)), 3, 0, 3))["a"].shape) == (3, 1)
+    monkeypatch.setattr("densereward.engines.vllm.worker._KernelCall", fail)
+    assert tuple(worker.run(("b", RowRequest((0,)), 3, 0, 3))["b"].shape) == (3, 1)
 
 
 def test_errors_of_several_ranks_are_not_averaged_away() -> None:
     other = SimpleNamespace(world_size=4, all_reduce=lambda tensor: tensor + 8)
-    output = Worker({0: layer_of()}, other).run(("a", Asked((0,), checks=True), 4, 0, 4))["a"]
+    output = Worker({0: layer_of()}, other).run(("a", RowRequest((0,), checks=True), 4, 0, 4))["a"]
     assert float(output[0, 2]) == pytest.approx(8, abs=1e-4)
 
 
-def test_nothing_is_kept_where_nobody_wants_rows() -> None:
+def test_nothing_is_copied_where_no_request_asks_for_rows() -> None:
     worker = Worker({0: layer_of()})
-    worker.run(("a", Asked((0,)), 3, 0, 2))
-    worker.run(("b", Asked(), 3, 0, 3), finished=("a",))
-    assert not worker.rows._passes
-    assert not worker.rows._asked
+    worker.run(("a", RowRequest((0,)), 3, 0, 2))
+    worker.run(("b", RowRequest(), 3, 0, 3), finished=("a",))
+    assert not worker.capture._calls
+    assert not worker.capture._requests

@@ -1,4 +1,4 @@
-"""LoRA adapters on a base model: loaded together, merged in float32, and from then on a model like any other."""
+"""LoRA adapters: loaded with their base model and merged into it in float32; the result is a model like any other."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ _TASKS = ("SEQ_CLS", "TOKEN_CLS")
 
 
 def adapter_of(source: str, revision: str | None = None) -> dict[str, Any] | None:
-    """The adapter's config, if a folder or a hub repository holds one and no model.
+    """The adapter's config, if a folder or a hub repository holds an adapter and no model.
 
     Raises:
         ModelError: an adapter that cannot be merged into a reward model.
     """
     if find_file(source, revision, _CONFIG) is None or find_file(source, revision, "config.json") is not None:
         return None
-    written: dict[str, Any] = json.loads(Path(str(find_file(source, revision, _CONFIG))).read_text(encoding="utf-8"))
-    if written.get("peft_type") != "LORA":
-        raise ModelError(f"{source} is an adapter of type {written.get('peft_type')}; only LORA is merged")
-    if written.get("task_type") not in _TASKS:
+    config: dict[str, Any] = json.loads(Path(str(find_file(source, revision, _CONFIG))).read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{source} is an adapter of type {config.get('peft_type')}; only LORA is merged")
+    if config.get("task_type") not in _TASKS:
         raise ModelError(
-            f"{source} is an adapter for the task {written.get('task_type')}; a reward model's is one of "
+            f"{source} is an adapter for the task {config.get('task_type')}; a reward model's is one of "
             f"{', '.join(_TASKS)}"
         )
-    if not written.get("base_model_name_or_path"):
+    if not config.get("base_model_name_or_path"):
         raise ModelError(f"{source}: {_CONFIG} does not name the base model")
-    return written
+    return config
 
 
 def base_of(source: str, revision: str | None = None) -> str:
-    """What an adapter was trained on; any other model itself."""
+    """The base model of an adapter; any other model itself."""
     adapter = adapter_of(source, revision)
     return source if adapter is None else str(adapter["base_model_name_or_path"])
 
 
 def saved_modules(source: str, revision: str | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights that an adapter brings whole, by their names in the model: its head.
+    """Shapes of the weights that an adapter brings beside its LoRA matrices (its head), by their names in the model.
 
     Raises:
         ModelError: the adapter has no safetensors.
@@ -72,10 +72,10 @@ def merged(model: Any, source: str, revision: str | None) -> Any:
 
     config = LoraConfig.from_pretrained(source, revision=revision, inference_mode=True)
     wrapped = get_peft_model(model, config)
-    given = load_peft_weights(source, device="cpu", revision=revision)
-    result: Any = set_peft_model_state_dict(wrapped, given)
-    lost = [name for name in result.missing_keys if ".lora_" in name or ".modules_to_save." in name]
-    if problems := sorted([*lost, *result.unexpected_keys]):
+    weights = load_peft_weights(source, device="cpu", revision=revision)
+    result: Any = set_peft_model_state_dict(wrapped, weights)
+    missing = [name for name in result.missing_keys if ".lora_" in name or ".modules_to_save." in name]
+    if problems := sorted([*missing, *result.unexpected_keys]):
         raise ModelError(
             f"{source}: the adapter and its base do not fit together at {', '.join(problems[:3])}",
             code="adapter_mismatch",

@@ -1,4 +1,4 @@
-"""The torch engine: pack, one forward pass, read the head, give each sequence what it asked for."""
+"""The torch engine: pack a batch, run one forward pass, read the head, give each sequence what it needs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import logging
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,15 +28,16 @@ from densereward.capture import (
     StepScores,
     Variants,
 )
-from densereward.engines.torch.exact import in_float32_arithmetic
-from densereward.engines.torch.facts import facts_of, prepare
+from densereward.engines.captured import from_positions
+from densereward.engines.torch.chunks import expand
+from densereward.engines.torch.facts import facts_of, prepare, with_head
+from densereward.engines.torch.float32 import in_float32_arithmetic
 from densereward.engines.torch.gradients import gradients
 from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_scorer
 from densereward.engines.torch.packing import counted_from_0
-from densereward.engines.torch.passes import Passes, Result
-from densereward.engines.torch.pieces import write_out
+from densereward.engines.torch.passes import Passes, SequenceResult
 from densereward.errors import EngineFailure
-from densereward.heads.base import ScoreHead
+from densereward.heads.base import DecoderHead
 from densereward.heads.bradley_terry import BradleyTerryHead
 
 __all__ = ["TorchEngine"]
@@ -51,14 +51,14 @@ class TorchEngine:
     Args:
         model: loaded by `loading.load_scorer`.
         longest: tokens in the longest sequence to read; by default what the config gives.
-        batch_tokens: tokens in one pass, beyond which a sequence runs in pieces; by default what suits the device.
-        prompt_cache: bytes for the keys of prompts that come again; 0 runs every prompt anew.
+        batch_tokens: tokens in one pass, beyond which a sequence runs in chunks; by default what suits the device.
+        prompt_cache: bytes for the keys and values of prompts that come again; 0 caches none.
         separator: what ends each step, if the model is a token classifier that was trained on steps.
         head: that of its family; by default a sequence classifier's.
 
     Raises:
         ModelError: the model cannot be read as a reward model.
-        CannotPack: that it can, but not in packed batches.
+        CannotPack: it can, but not in packed batches.
     """
 
     def __init__(
@@ -68,22 +68,13 @@ class TorchEngine:
         batch_tokens: int | None = None,
         prompt_cache: int = 0,
         separator: str | None = None,
-        head: ScoreHead | None = None,
+        head: DecoderHead | None = None,
     ) -> None:
         self._model: Any = model
         prepare(model)
-        self._head: ScoreHead = head or BradleyTerryHead(model)
-        steps = self._head.written_in(separator)
-        self.facts = replace(
-            facts_of(model, self._head.name, longest, batch_tokens),
-            unit=self._head.unit if steps is None else "step",
-            steps=steps,
-            score_token=self._head.score_token,
-            tokens=self._head.tokens,
-            notice=self._head.notice,
-            gate=self._head.gate,
-        )
-        # A gate is read in the same pass as what it weighs: nothing of a prompt is kept, and nothing runs in pieces.
+        self._head = head or BradleyTerryHead(model)
+        self.facts = with_head(facts_of(model, self._head.name, longest, batch_tokens), self._head, separator)
+        # A gate is read in the same pass as what it weighs, so prompts are not cached and nothing runs in chunks.
         gated = self.facts.gate is not None
         tokens, cache = (sys.maxsize, 0) if gated else (self.facts.batch_tokens, prompt_cache)
         self._passes = Passes(model, self._head, self.facts.layers, tokens, cache)
@@ -97,7 +88,7 @@ class TorchEngine:
         self._differentiated = frozenset(need for needs in kinds if self._can_give(needs[0]) for need in needs)
 
     def _can_give(self, need: Need) -> bool:
-        """Whether a few tokens get through."""
+        """Whether a few tokens get what they need."""
         probe = ScoringInput([0, 1, 2, 3], 1, 3, 3, needs=frozenset([need]))
         try:
             self.forward([probe])
@@ -125,15 +116,16 @@ class TorchEngine:
 
         Raises:
             ModelError: the model cannot be loaded or read as a reward model.
-            CannotPack: that it can, but not in packed batches.
+            CannotPack: it can, but not in packed batches.
         """
         chosen = choose_device(device)
-        model, read_by = load_scorer(source, revision, chosen, choose_dtype(dtype, chosen), head, pickled=pickled)
-        return cls(model, longest, batch_tokens, prompt_cache, separator, read_by)
+        model, score_head = load_scorer(source, revision, chosen, choose_dtype(dtype, chosen), head, pickled=pickled)
+        # What packs is a decoder; others are refused while they are loaded.
+        return cls(model, longest, batch_tokens, prompt_cache, separator, cast("DecoderHead", score_head))
 
     @property
     def provides(self) -> frozenset[Need]:
-        """Scores of steps; or of prefixes, what each layer can give, and what can be differentiated."""
+        """Scores of steps; or scores of prefixes, attention in each layer, and what can be differentiated."""
         if self.facts.unit != "sequence":
             return frozenset([StepScores()])
         layers = range(-self.facts.layers, self.facts.layers)
@@ -143,40 +135,40 @@ class TorchEngine:
         return frozenset([*scores, *in_layers]) | self._differentiated
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
-        """Score a batch in one pass, or a sequence that is too long for one in pieces.
+        """Score a batch in one pass, or a sequence that is too long for one in chunks.
 
         Raises:
             EngineFailure: a pass failed.
         """
-        results = self._passes.run([write_out(sequence) for sequence in batch])
+        results = self._passes.run([expand(sequence) for sequence in batch])
         return [self._captured(result) for result in results]
 
-    def _captured(self, result: Result) -> Captured:
-        """In the form that methods read."""
-        sequence, layers = result.whole.sequence, self.facts.layers
+    def _captured(self, result: SequenceResult) -> Captured:
+        """What a sequence needs of its result."""
+        sequence, layers = result.expanded.sequence, self.facts.layers
         response = slice(sequence.prompt_length, sequence.response_stop)
-        kept: dict[type[Need], dict[Any, Float32[np.ndarray, " T"]]] = defaultdict(dict)
+        by_layer: dict[type[Need], dict[Any, Float32[np.ndarray, " T"]]] = defaultdict(dict)
         for need in sequence.needs:
             if isinstance(need, AttentionRow | Contributions):
-                kept[type(need)][need.layer] = result.rows[counted_from_0(need, layers)][response]
+                by_layer[type(need)][need.layer] = result.rows[counted_from_0(need, layers)][response]
             elif isinstance(need, ReceivedAttention):
-                kept[type(need)][need.layer] = result.sums[need.layer % layers][response]
-        steps = result.reads[len(result.reads) - len(sequence.steps) :]
+                by_layer[type(need)][need.layer] = result.received[need.layer % layers][response]
+        steps = result.values[len(result.values) - len(sequence.steps) :]
         return Captured(
-            reward=float(result.reads[0] if self.facts.unit != "token" else steps.mean(dtype=np.float64)),
+            reward=float(result.values[0] if self.facts.unit != "token" else steps.mean(dtype=np.float64)),
             length=sequence.response_length,
-            prefixes=_prefixes(sequence, result.reads[1 : len(result.reads) - len(steps)]),
+            prefixes=_prefixes(sequence, result.values[1 : len(result.values) - len(steps)]),
             step_scores=steps if StepScores() in sequence.needs else None,
             objectives=_objectives(result) if Objectives() in sequence.needs else None,
-            attention_rows=kept[AttentionRow],
-            contributions=kept[Contributions],
-            received_attention=kept[ReceivedAttention],
+            attention_rows=by_layer[AttentionRow],
+            contributions=by_layer[Contributions],
+            received_attention=by_layer[ReceivedAttention],
             gradients=self._gradients(result) if Gradients() in sequence.needs else None,
         )
 
-    def _gradients(self, result: Result) -> Float32[np.ndarray, " T"]:
+    def _gradients(self, result: SequenceResult) -> Float32[np.ndarray, " T"]:
         with self._passes.failures():
-            return gradients(self._model, self._head, result.whole.sequence, float(result.reads[0]))
+            return gradients(self._model, self._head, result.expanded.sequence, float(result.values[0]))
 
     def reference(self, sequence: ScoringInput) -> Captured:
         """One sequence in transformers' own eager attention: score, open prefix scores, rows.
@@ -188,17 +180,9 @@ class TorchEngine:
         with torch.inference_mode():
             parts = self._head.parts(hidden, hidden[[sequence.gate]], [0] * len(hidden))
             scores = parts.sum(dim=0).cpu().numpy()
-        start, stop = sequence.prompt_length, sequence.response_stop
-        wanted = [need for need in sequence.needs if isinstance(need, AttentionRow)]
         steps = scores[list(sequence.steps)]
-        return Captured(
-            reward=float(scores[sequence.scored_position] if self.facts.unit != "token" else steps.mean()),
-            length=sequence.response_length,
-            prefixes={"open": Prefixes(float(scores[start - 1]), scores[start:stop])}
-            if PrefixScores("open") in sequence.needs
-            else {},
-            attention_rows={need.layer: rows[need.layer].cpu().numpy()[start:stop] for need in wanted},
-        )
+        reward = float(scores[sequence.scored_position] if self.facts.unit != "token" else steps.mean())
+        return from_positions(sequence, reward, scores, lambda layer: rows[layer].cpu().numpy())
 
     def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         """`forward`, computed in float32 on the weights as they are.
@@ -216,27 +200,27 @@ class TorchEngine:
         torch.cuda.empty_cache()
 
 
-def _objectives(result: Result) -> Float32[np.ndarray, "K _"]:
-    """The parts of the reward and of s_1..s_T, which are read after s_0 wherever that is."""
-    sequence = result.whole.sequence
+def _objectives(result: SequenceResult) -> Float32[np.ndarray, "K _"]:
+    """The parts of the reward and of s_1..s_T. These are read after s_0, if there is one."""
+    sequence = result.expanded.sequence
     if result.objectives is None:
         raise EngineFailure("the head has no objectives")
     first = 1 + min(sequence.prompt_length, 1)
     return result.objectives[:, [0, *range(first, first + sequence.response_length)]]
 
 
-def _prefixes(sequence: ScoringInput, reads: Float32[np.ndarray, " _"]) -> dict[PrefixMode, Prefixes]:
-    """Open prefixes come first, then closed ones; each with s_0 wherever there is a token to read it at."""
+def _prefixes(sequence: ScoringInput, values: Float32[np.ndarray, " _"]) -> dict[PrefixMode, Prefixes]:
+    """The scores of open prefixes come first, then those of closed ones; each begin with s_0, if it has a token."""
     prefixes: dict[PrefixMode, Prefixes] = {}
     length = sequence.response_length
     if PrefixScores("open") in sequence.needs:
-        open_reads, reads = np.split(reads, [length + min(sequence.prompt_length, 1)])
+        open_reads, values = np.split(values, [length + min(sequence.prompt_length, 1)])
         prefixes["open"] = _with_before(open_reads, length)
     if PrefixScores("closed") in sequence.needs:
-        prefixes["closed"] = _with_before(reads, len(sequence.closed_prefixes) - 1, sequence.boundaries)
+        prefixes["closed"] = _with_before(values, len(sequence.closed_prefixes) - 1, sequence.boundaries)
     return prefixes
 
 
-def _with_before(reads: Float32[np.ndarray, " _"], length: int, boundaries: Sequence[int] | None = None) -> Prefixes:
-    before, after = np.split(reads, [len(reads) - length])
+def _with_before(values: Float32[np.ndarray, " _"], length: int, boundaries: Sequence[int] | None = None) -> Prefixes:
+    before, after = np.split(values, [len(values) - length])
     return Prefixes(float(before[0]) if len(before) else None, after, boundaries)

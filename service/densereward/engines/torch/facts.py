@@ -1,7 +1,8 @@
-"""What an engine says of the model that it was given, and what is done to the model before it runs."""
+"""What an engine says of its model, and what is done to the model before it runs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,15 +11,16 @@ from densereward.engines.base import EngineFacts
 from densereward.engines.torch.linear import speed_up
 from densereward.engines.torch.loading import max_length, weights_fingerprint
 from densereward.engines.torch.memory import keep_freed_memory
+from densereward.heads.base import ScoreHead
 
-__all__ = ["facts_of", "prepare", "special_ids"]
+__all__ = ["facts_of", "prepare", "special_ids", "with_head"]
 
-# On a CPU, larger passes gain nothing; a GPU needs them to be busy.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Tokens in a pass: on a CPU larger passes gain nothing, and a GPU needs them to be busy."""
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Nothing is trained, and a CPU computes as fast as it can."""
+    """Turn training off, and on a CPU make the model fast."""
     model.requires_grad_(False)
     if model.device.type == "cpu":
         speed_up(model.base_model)
@@ -57,18 +59,38 @@ def facts_of(
     )
 
 
+def with_head(facts: EngineFacts, head: ScoreHead, separator: str | None) -> EngineFacts:
+    """The facts of a reward model: those of its decoder or encoder, and those of its head.
+
+    Args:
+        facts: from `facts_of`.
+        head: the score head.
+        separator: what ends each step, if the model is a token classifier that was trained on steps.
+    """
+    steps = head.steps_with(separator)
+    return replace(
+        facts,
+        unit=head.unit if steps is None else "step",
+        steps=steps,
+        score_token=head.score_token,
+        tokens=head.tokens,
+        notice=head.notice,
+        gate=head.gate,
+    )
+
+
 def special_ids(config: Any) -> dict[str, frozenset[int]]:
     """The model's own BOS and EOS ids, as far as its config names them."""
     return {name: _ids(config, f"{name}_token_id") for name in ("bos", "eos")}
 
 
 def _ids(config: Any, name: str) -> frozenset[int]:
-    given = getattr(config.get_text_config(), name, None)
-    return frozenset(given if isinstance(given, list) else [] if given is None else [given])
+    ids = getattr(config.get_text_config(), name, None)
+    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
 
 def _pair_cost(model: PreTrainedModel) -> float:
-    """Multiplications for one query and one key, in all heads and layers, over those of a token's matrices."""
+    """Multiplications for one query and one key, in all heads and layers, over those of one token in all matrices."""
     config = model.config.get_text_config()
     head: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2 * config.num_attention_heads * head * config.num_hidden_layers

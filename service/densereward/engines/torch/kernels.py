@@ -1,7 +1,7 @@
-"""Attention of a few queries on a range of keys, with the log-sum-exp that lets parts be merged exactly.
+"""Attention of some queries on one segment of keys, with the log-sum-exp that lets segments be merged exactly.
 
-softmax over the keys of A and B together is the average of the softmaxes over each, weighted by the exponentials of
-their log-sum-exps: so whatever looks at several stretches of keys is computed stretch by stretch.
+A softmax over the keys of segments A and B is the average of the softmaxes over A and over B, weighted by the
+exponentials of their log-sum-exps. So attention over several segments is computed segment by segment.
 
 Shapes: H query heads, K key heads (H a multiple of K), D head size, Q queries, L keys.
 """
@@ -21,34 +21,34 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 __all__ = [
     "QUERY_BLOCK",
-    "Part",
-    "Variant",
-    "add",
+    "AttentionVariant",
+    "PartialAttention",
+    "apply_sinks",
     "attend",
-    "attend_each",
-    "beside_sinks",
+    "attend_segments",
     "explicit",
     "explicit_weights",
+    "merge",
     "visible_keys",
 ]
 
 QUERY_BLOCK = 256
 """Queries at a time on the explicit path: its scores take H x 256 x L, which grows with L alone."""
 
-# Released versions differ: where the argument is missing, fewer key heads than query heads are simply accepted.
+# torch versions without this argument accept fewer key heads than query heads as they are.
 _GROUPED_HEADS: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """How a layer's attention departs from the plain one.
+class AttentionVariant:
+    """How a layer computes attention.
 
     Attributes:
         scaling: factor on the scores.
-        window: a query sees the last so many keys, itself included; None sees all.
-        softcap: scores are bent by softcap * tanh(score / softcap); None leaves them.
+        window: keys that a query sees, its own included, counted back from it; None sees all.
+        softcap: scores become softcap * tanh(score / softcap); None leaves them.
         sinks: a score in each head that takes part in the softmax and has no value; None where there are none.
     """
 
@@ -59,78 +59,83 @@ class Variant:
 
     @property
     def plain(self) -> bool:
-        """Whether fused kernels compute it, all but the sinks."""
+        """Whether fused kernels compute it; sinks are applied to what they give."""
         return self.window is None and self.softcap is None
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What some queries got from one stretch of keys.
+class PartialAttention:
+    """Attention of some queries on one segment of keys alone.
 
     Attributes:
-        output: their attention's output over those keys alone.
-        weight: its log-sum-exp.
+        output: the attention's output.
+        log_sum_exp: of the scores.
     """
 
     output: Float[Tensor, "H Q D"]
-    weight: Float32[Tensor, "H Q"]
+    log_sum_exp: Float32[Tensor, "H Q"]
 
-    def at(self, queries: slice) -> Part:
-        """Some of the queries, in the same memory."""
-        return Part(self.output[:, queries], self.weight[:, queries])
+    def at(self, queries: slice) -> PartialAttention:
+        """A view of some of the queries."""
+        return PartialAttention(self.output[:, queries], self.log_sum_exp[:, queries])
 
 
-def add(total: Part, part: Part) -> None:
-    """Make `total` the attention over its own keys and the part's together, in place and in float32."""
-    weight = torch.logaddexp(total.weight, part.weight)
-    mine, others = (torch.exp(each - weight)[..., None] for each in (total.weight, part.weight))
-    output = total.output.float().mul_(mine).addcmul_(part.output.float(), others)
-    if output is not total.output:  # narrower than float32, so what was added up is a copy
+def merge(total: PartialAttention, part: PartialAttention) -> None:
+    """Make `total` the attention over its own keys and the part's, in place; computed in float32."""
+    log_sum_exp = torch.logaddexp(total.log_sum_exp, part.log_sum_exp)
+    own, other = (torch.exp(each - log_sum_exp)[..., None] for each in (total.log_sum_exp, part.log_sum_exp))
+    output = total.output.float().mul_(own).addcmul_(part.output.float(), other)
+    if output is not total.output:  # narrower than float32, so the sum is in a copy
         total.output.copy_(output)
-    total.weight.copy_(weight)
+    total.log_sum_exp.copy_(log_sum_exp)
 
 
-def beside_sinks(total: Part, sinks: Float[Tensor, " _"] | None) -> Float[Tensor, "H Q D"]:
-    """What sinks leave of the output over all keys, in place; a head may be laid out as several, side by side."""
+def apply_sinks(total: PartialAttention, sinks: Float[Tensor, " _"] | None) -> Float[Tensor, "H Q D"]:
+    """Scale the output over all keys down by the sinks' share, in place.
+
+    A head of the model may be laid out as several heads of `total`, side by side.
+    """
     if sinks is not None:
-        left = _left_by(sinks[:, None, None], total.weight.unflatten(0, (len(sinks), -1)))
-        total.output.mul_(left.flatten(0, 1)[..., None])
+        share = _share_of_keys(sinks[:, None, None], total.log_sum_exp.unflatten(0, (len(sinks), -1)))
+        total.output.mul_(share.flatten(0, 1)[..., None])
     return total.output
 
 
-def _left_by(sinks: Tensor, weight: Tensor) -> Tensor:
+def _share_of_keys(sinks: Tensor, log_sum_exp: Tensor) -> Tensor:
     """The keys' share of a softmax that sinks take part in, by the keys' log-sum-exp."""
-    return torch.sigmoid(weight - sinks.float())
+    return torch.sigmoid(log_sum_exp - sinks.float())
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, *, causal: bool) -> Part:
-    """[H, Q, D] on [K, L, D]; causal shows keys 0..i to query i."""
+def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, *, causal: bool) -> PartialAttention:
+    """[H, Q, D] on [K, L, D]; where it is causal, query i sees keys 0..i."""
     if q.is_cuda:
-        return attend_each(q, k, v, [q.shape[1]], [k.shape[1]], scaling, causal=causal)
-    output, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        return attend_segments(q, k, v, [q.shape[1]], [k.shape[1]], scaling, causal=causal)
+    output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q[None], k[None], v[None], is_causal=causal, scale=scaling
     )
-    return Part(output[0], weight[0])
+    return PartialAttention(output[0], log_sum_exp[0])
 
 
-def attend_each(
+def attend_segments(
     q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int], keys: Sequence[int], scaling: float, *, causal: bool
-) -> Part:
-    """Stretches side by side, each on its own: `queries[i]` of the queries on `keys[i]` of the keys, in order.
+) -> PartialAttention:
+    """Segments side by side, each by itself: the next `queries[i]` queries on the next `keys[i]` keys.
 
     One call of variable-length attention on CUDA, a loop elsewhere.
     """
     if q.is_cuda:
         return _variable_length(q, k, v, queries, keys, scaling, causal=causal)
-    stretches = zip(q.split(list(queries), 1), k.split(list(keys), 1), v.split(list(keys), 1), strict=True)
-    parts = [attend(*stretch, scaling, causal=causal) for stretch in stretches]
-    return Part(torch.cat([part.output for part in parts], 1), torch.cat([part.weight for part in parts], 1))
+    segments = zip(q.split(list(queries), 1), k.split(list(keys), 1), v.split(list(keys), 1), strict=True)
+    parts = [attend(*segment, scaling, causal=causal) for segment in segments]
+    return PartialAttention(
+        torch.cat([part.output for part in parts], 1), torch.cat([part.log_sum_exp for part in parts], 1)
+    )
 
 
 def _variable_length(
     q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int], keys: Sequence[int], scaling: float, *, causal: bool
-) -> Part:
-    output, weight = varlen_attn(
+) -> PartialAttention:
+    output, log_sum_exp = varlen_attn(
         q.transpose(0, 1),
         k.transpose(0, 1),
         v.transpose(0, 1),
@@ -143,22 +148,24 @@ def _variable_length(
         return_aux=AuxRequest(lse=True),
         **_GROUPED_HEADS,
     )
-    return Part(output.transpose(0, 1), weight)
+    return PartialAttention(output.transpose(0, 1), log_sum_exp)
 
 
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Int32[Tensor, " _"]:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def explicit(q: Tensor, k: Tensor, v: Tensor, visible: Bool[Tensor, "Q L"], variant: Variant) -> Float[Tensor, "H Q D"]:
-    """Any variant, its scores written out; every query must see a key."""
+def explicit(
+    q: Tensor, k: Tensor, v: Tensor, visible: Bool[Tensor, "Q L"], variant: AttentionVariant
+) -> Float[Tensor, "H Q D"]:
+    """Any variant, with the scores as a matrix; every query must see a key."""
     return torch.flatten(explicit_weights(q, k, visible, variant).to(v.dtype) @ v[:, None], 0, 1)
 
 
 def explicit_weights(
-    q: Tensor, k: Tensor, visible: Bool[Tensor, "Q L"], variant: Variant
+    q: Tensor, k: Tensor, visible: Bool[Tensor, "Q L"], variant: AttentionVariant
 ) -> Float32[Tensor, "K G Q L"]:
-    """The weights behind it, G = H / K query heads to a key head."""
+    """The weights of `explicit`, for G = H / K query heads on each key head."""
     grouped = q.reshape(k.shape[0], -1, *q.shape[1:])  # [K, H/K, Q, D]
     logits = (grouped @ k[:, None].transpose(-1, -2)).float() * variant.scaling
     if variant.softcap is not None:
@@ -167,7 +174,7 @@ def explicit_weights(
     weights = logits.softmax(dim=-1)
     if variant.sinks is None:
         return weights
-    return weights * _left_by(variant.sinks.reshape(len(k), -1, 1, 1), logits.logsumexp(dim=-1, keepdim=True))
+    return weights * _share_of_keys(variant.sinks.reshape(len(k), -1, 1, 1), logits.logsumexp(dim=-1, keepdim=True))
 
 
 def visible_keys(queries: Tensor, keys: Tensor, window: int | None) -> Bool[Tensor, "Q L"]:

@@ -1,7 +1,7 @@
-"""A causal language model as an engine: how probable it finds each token of a response.
+"""A causal language model as an engine: the log-probability of each token of a response.
 
-Its score of a sequence is the log-probability of the response and its closing tokens, log p(y | x), and a prefix's the
-same of the response so far, so that differences of prefix scores are the tokens' own.
+The score of a sequence is the log-probability of its response and closing tokens, log p(y | x). The score of a prefix
+is that of the response so far, so the difference of two prefix scores is a token's own log-probability.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from densereward.capture import (
     ScoringInput,
     Variants,
 )
-from densereward.engines.torch.attention import Alone
-from densereward.engines.torch.exact import in_float32_arithmetic
+from densereward.engines.torch.attention import SingleSequence
+from densereward.engines.torch.chunks import ExpandedSequence
 from densereward.engines.torch.facts import facts_of, prepare
+from densereward.engines.torch.float32 import in_float32_arithmetic
 from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_language_model
 from densereward.engines.torch.passes import Passes
-from densereward.engines.torch.pieces import WrittenOut
 from densereward.errors import ModelError
 from densereward.heads.language_model import LanguageModelHead
 
-__all__ = ["LanguageModel", "in_sum"]
+__all__ = ["LanguageModel", "captured_sums"]
 
 _LOGS = frozenset([LogProbabilities(), LogProbabilities(alone=True)])
 _PROBE = 12
-"""Tokens on which the head is compared with the model's own."""
+"""Tokens on which the head is compared with the model's own logits."""
 
 _ROUNDING = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
-"""Of a logit that the model rounds to its dtype, relative to the largest."""
+"""How far a logit may be off, relative to the largest: the model rounds logits to its dtype."""
 
 
 class LanguageModel:
     """A transformers language model in this process. See `engines.base.Engine`.
 
-    The first token of a sequence without a prompt comes after nothing and has no probability; it counts as given.
+    The first token of a sequence without a prompt has no probability, since nothing comes before it; it counts as 0.
 
     Args:
         model: loaded by `loading.load_language_model`.
         longest: tokens in the longest sequence to read; by default what the config gives.
-        batch_tokens: tokens in one pass, beyond which a sequence runs in pieces; by default what suits the device.
-        prompt_cache: bytes for the keys of prompts that come again; 0 runs every prompt anew.
+        batch_tokens: tokens in one pass, beyond which a sequence runs in chunks; by default what suits the device.
+        prompt_cache: bytes for the keys and values of prompts that come again; 0 caches none.
 
     Raises:
         ModelError: the model does something with its logits that is not known here.
@@ -73,7 +73,7 @@ class LanguageModel:
         size = min(facts.vocabulary_size, self._head.size)
         self.facts = replace(facts, vocabulary_size=size, needs_prompt=True)
         self._passes = Passes(model, self._head, self.facts.layers, self.facts.batch_tokens, prompt_cache)
-        self._compare_with_its_own(model)
+        self._check_logits(model)
         self._passes.check_attention()
 
     @classmethod
@@ -94,7 +94,7 @@ class LanguageModel:
             ModelError: the model cannot be loaded or read as a language model.
         """
         chosen = choose_device(device)
-        model = load_language_model(source, None, chosen, choose_dtype(dtype, chosen), pickled=pickled)
+        model = load_language_model(source, chosen, choose_dtype(dtype, chosen), pickled=pickled)
         return cls(model, longest, batch_tokens, prompt_cache)
 
     @property
@@ -103,15 +103,15 @@ class LanguageModel:
         return frozenset([PrefixScores("open"), Variants(), LogProbabilities(), LogProbabilities(alone=True)])
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
-        """Log-probabilities of a batch in one pass, or of a sequence that is too long for one in pieces.
+        """Log-probabilities of a batch in one pass, or of a sequence that is too long for one in chunks.
 
         Raises:
             EngineFailure: a pass failed.
         """
-        results = self._passes.run([_written_out(sequence) for sequence in batch])
-        values = [_with_first(result.reads, result.whole.sequence) for result in results]
+        results = self._passes.run([_expand(sequence) for sequence in batch])
+        values = [_with_first_token(result.values, result.expanded.sequence) for result in results]
         return [
-            in_sum(sequence, own, own if sequence.needs & _LOGS else None)
+            captured_sums(sequence, own, own if sequence.needs & _LOGS else None)
             for sequence, own in zip(batch, values, strict=True)
         ]
 
@@ -121,12 +121,12 @@ class LanguageModel:
         Raises:
             EngineFailure: the model has no such attention.
         """
-        whole = _written_out(sequence)
+        expanded = _expand(sequence)
         hidden, _ = self._passes.reference(self._model, sequence)
         with torch.inference_mode():
-            following = torch.from_numpy(whole.following).to(hidden.device)
-            values = self._head.read(hidden[torch.from_numpy(whole.reads)], following).cpu().numpy()
-        return in_sum(sequence, _with_first(values, sequence), None)
+            next_ids = torch.from_numpy(expanded.next_ids).to(hidden.device)
+            values = self._head.read(hidden[torch.from_numpy(expanded.read_at)], next_ids).cpu().numpy()
+        return captured_sums(sequence, _with_first_token(values, sequence), None)
 
     def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:
         """`forward`, computed in float32 on the weights as they are.
@@ -143,14 +143,14 @@ class LanguageModel:
         self._passes.close()
         torch.cuda.empty_cache()
 
-    def _compare_with_its_own(self, model: Any) -> None:
-        """The model's own forward pass is the reference for the logits that are read here."""
+    def _check_logits(self, model: Any) -> None:
+        """Compare the head's logits with those of the model's own forward pass."""
         ids = np.random.default_rng(0).integers(0, self.facts.vocabulary_size, (1, _PROBE))
         inputs = {
             "input_ids": torch.from_numpy(ids).to(model.device),
             "position_ids": torch.arange(_PROBE, device=model.device)[None],
             "use_cache": False,
-            "packed": Alone(),
+            "packed": SingleSequence(),
         }
         try:
             with torch.inference_mode():
@@ -165,10 +165,16 @@ class LanguageModel:
             )
 
 
-def in_sum(
+def captured_sums(
     sequence: ScoringInput, values: Float32[np.ndarray, " _"], log_probabilities: Float32[np.ndarray, " _"] | None
 ) -> Captured:
-    """A sequence whose score is the sum of its tokens' values, closing tokens included, and a prefix's that so far."""
+    """A sequence whose score is the sum of its tokens' values, and its prefixes, whose scores are the sums so far.
+
+    Args:
+        sequence: the sequence.
+        values: one per response and closing token.
+        log_probabilities: of the same tokens, where they are needed.
+    """
     prefixes: dict[PrefixMode, Prefixes] = {}
     if PrefixScores("open") in sequence.needs:
         after = np.cumsum(values[: sequence.response_length], dtype=np.float64).astype(np.float32)
@@ -181,15 +187,15 @@ def in_sum(
     )
 
 
-def _written_out(sequence: ScoringInput) -> WrittenOut:
-    """A sequence of which the response's and the closing tokens are read, each where the token before it stands."""
+def _expand(sequence: ScoringInput) -> ExpandedSequence:
+    """A sequence whose head is read before each response token and each closing token."""
     ids = np.asarray(sequence.token_ids, dtype=np.int64)
-    reads = np.arange(max(sequence.prompt_length - 1, 0), len(ids) - 1)
+    read_at = np.arange(max(sequence.prompt_length - 1, 0), len(ids) - 1)
     nothing = np.zeros(0, dtype=np.int64)
-    return WrittenOut(sequence, ids, np.arange(len(ids)), nothing, reads, following=ids[reads + 1])
+    return ExpandedSequence(sequence, ids, np.arange(len(ids)), nothing, read_at, next_ids=ids[read_at + 1])
 
 
-def _with_first(values: Float32[np.ndarray, " _"], sequence: ScoringInput) -> Float32[np.ndarray, " _"]:
-    """One value a token, also for a first token that is given."""
-    given = 0 if sequence.prompt_length else 1
-    return np.concatenate([np.zeros(given, np.float32), values])
+def _with_first_token(values: Float32[np.ndarray, " _"], sequence: ScoringInput) -> Float32[np.ndarray, " _"]:
+    """One value per token; 0 for a first token that nothing comes before."""
+    first = 0 if sequence.prompt_length else 1
+    return np.concatenate([np.zeros(first, np.float32), values])

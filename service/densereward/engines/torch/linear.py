@@ -18,7 +18,7 @@ class _OneDnnLinear(nn.Linear):
 
 
 def speed_up(model: nn.Module) -> None:
-    """Let oneDNN compute a model's float32 layers that are on the CPU; their weights stay what they are."""
+    """Let oneDNN compute the float32 linear layers of a model on the CPU; their weights do not change."""
     for module in model.modules():
         if type(module) is nn.Linear and onednn_computes(module.weight):
             module.__class__ = _OneDnnLinear

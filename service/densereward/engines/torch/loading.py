@@ -1,4 +1,4 @@
-"""Load a model so that nothing about it is guessed: every weight from its files, on one device."""
+"""Load a model onto one device, every weight from its files; a model whose files lack one is refused."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ __all__ = [
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-# Weights that published checkpoints carry and no reward needs: the language model's head, buffers of older versions.
+# Weights in published checkpoints that no reward needs: the language model's head, buffers of older versions.
 _UNREAD = re.compile(r"(^|\.)(lm_head|embed_out)\.|\.rotary_emb\.|\.masked_bias$|\.attn\.bias$|\.attention\.bias$")
 
-# Types of config that say no more than transformers' own of another name, and what has another name in them.
+# Model types whose configs are those of a transformers type under another name, and their entries of other names.
 _SAME_CONFIG: dict[str, tuple[str, dict[str, str]]] = {
     "gpt_neox_reward_model": ("gpt_neox", {}),
     "internlm2": ("llama", {"bias": "attention_bias"}),
 }
 
-# Their rotary factors change with the longest sequence in the batch, so only the range before that is served.
+# Beyond their original length, these rotary factors change with the longest sequence in a batch; that is not served.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
@@ -72,33 +72,41 @@ def load_scorer(
     packs: bool = True,
     pickled: bool = False,
 ) -> tuple[PreTrainedModel, ScoreHead]:
-    """A reward model from a folder or a hub id and the head of its family, ready for packed batches if it `packs`.
+    """A reward model from a folder or a hub id, and the head of its family.
 
-    `head` names the one to take where nothing tells which it is; weights may be `pickled` if there are no others.
+    Args:
+        source: folder or hub id.
+        revision: of a hub model.
+        device: to load it onto.
+        dtype: of the weights.
+        head: the name of the head, where nothing in the checkpoint says which it is.
+        packs: whether the model is to run in packed batches.
+        pickled: whether weights may be pickled, where there are no safetensors.
 
     Raises:
         ModelError: no such model, one of no known family, or weights that its files do not hold.
-        CannotPack: its score is not that of a position.
+        CannotPack: its score is not read at one position.
     """
     if (adapter := adapter_of(source, revision)) is not None:
         return _load_adapter(source, revision, adapter, device, dtype, pickled=pickled)
     config = read_config(source, revision)
     checkpoint = Checkpoint(config, weight_shapes(source, revision, pickled=pickled))
     try:
-        kind = head_for(checkpoint, head)
-        loaded = kind.model_class(checkpoint)
+        head_class = head_for(checkpoint, head)
+        model_class = head_class.model_class(checkpoint)
     except ModelError as error:
         raise ModelError(f"{source}: {error.message}") from error
-    if packs and kind.pooling == "text":
+    if packs and head_class.pooling == "text":
         raise CannotPack(f"{checkpoint.architecture} cannot be packed: it is bidirectional")
-    model = _load(loaded, source, revision, config, device, dtype, dict(kind.renamed), packs=packs, pickled=pickled)
+    renamed = dict(head_class.renamed)
+    model = _load(model_class, source, revision, config, device, dtype, renamed, packs=packs, pickled=pickled)
     try:
-        read_by = kind(model)
+        score_head = head_class(model)
     except ModelError as error:
         raise ModelError(f"{source}: {error.message}") from error
-    if packs and read_by.pooling != "position":
+    if packs and score_head.pooling != "position":
         raise CannotPack(f"{checkpoint.architecture} cannot be packed: its score is a mean over all positions")
-    return model, read_by
+    return model, score_head
 
 
 def _load_adapter(
@@ -110,10 +118,10 @@ def _load_adapter(
     *,
     pickled: bool = False,
 ) -> tuple[PreTrainedModel, ScoreHead]:
-    """A LoRA adapter on its base, which need not have a score head if the adapter brings one."""
+    """A LoRA adapter merged into its base model; either of them has the score head."""
     base = str(adapter["base_model_name_or_path"])
     brought = saved_modules(source, revision)
-    config = read_config(base, None)
+    config = read_config(base)
     outputs = {shape[0] for name, shape in brought.items() if re.search(r"(^|\.)(score|classifier)\.weight$", name)}
     if outputs:
         config.num_labels = outputs.pop()
@@ -121,32 +129,32 @@ def _load_adapter(
     config.architectures = [suffix]
     checkpoint = Checkpoint(config)
     try:
-        kind = head_for(checkpoint)
+        head_class = head_for(checkpoint)
         cpu = torch.device("cpu")
         weight_shapes(base, pickled=pickled)  # refuses what must not be read
-        kind_of_model = kind.model_class(checkpoint)
-        model = _load(kind_of_model, base, None, config, cpu, torch.float32, supplied=brought, pickled=pickled)
-        whole = merged(model, source, revision).to(device=device, dtype=dtype).eval()
-        return whole, kind(whole)
+        model_class = head_class.model_class(checkpoint)
+        model = _load(model_class, base, None, config, cpu, torch.float32, supplied=brought, pickled=pickled)
+        model = merged(model, source, revision).to(device=device, dtype=dtype).eval()
+        return model, head_class(model)
     except ModelError as error:
         message = error.message.removeprefix(f"{source}: ")
         raise ModelError(f"{source}: {message}", code=error.error_code, **error.details) from error
 
 
 def load_language_model(
-    source: str, revision: str | None, device: torch.device, dtype: torch.dtype, *, pickled: bool = False
+    source: str, device: torch.device, dtype: torch.dtype, *, pickled: bool = False
 ) -> PreTrainedModel:
     """A `*ForCausalLM` model from a folder or a hub id, ready for packed batches.
 
     Raises:
         ModelError: no such model, another kind of model, or weights that its files do not hold.
     """
-    weight_shapes(source, revision, pickled=pickled)  # refuses what must not be read
-    config = read_config(source, revision)
-    return _load(AutoModelForCausalLM, source, revision, config, device, dtype, pickled=pickled)
+    weight_shapes(source, pickled=pickled)  # refuses what must not be read
+    config = read_config(source)
+    return _load(AutoModelForCausalLM, source, None, config, device, dtype, pickled=pickled)
 
 
-def read_config(source: str, revision: str | None, *, quantised: bool = False) -> PretrainedConfig:
+def read_config(source: str, revision: str | None = None, *, quantised: bool = False) -> PretrainedConfig:
     """The config; code that comes with a model is never run.
 
     Raises:
@@ -155,9 +163,9 @@ def read_config(source: str, revision: str | None, *, quantised: bool = False) -
     try:
         written, _ = PretrainedConfig.get_config_dict(source, revision=revision)
         if (same := _SAME_CONFIG.get(written.get("model_type", ""))) is not None:
-            kind, renamed = same
+            model_type, renamed = same
             return AutoConfig.for_model(
-                **{renamed.get(key, key): value for key, value in written.items()} | {"model_type": kind}
+                **{renamed.get(key, key): value for key, value in written.items()} | {"model_type": model_type}
             )
         config: PretrainedConfig = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # a model's files can break the loader in any way; the operator needs one message
@@ -168,7 +176,7 @@ def read_config(source: str, revision: str | None, *, quantised: bool = False) -
 
 
 def _load(
-    kind: Any,
+    model_class: Any,
     source: str,
     revision: str | None,
     config: PretrainedConfig,
@@ -182,7 +190,7 @@ def _load(
 ) -> PreTrainedModel:
     attention.register()
     try:
-        model, report = kind.from_pretrained(
+        model, report = model_class.from_pretrained(
             source,
             revision=revision,
             config=config,
@@ -208,9 +216,9 @@ def _refuse_incomplete(source: str, report: dict[str, Any]) -> None:
     problems = {"missing_keys": "missing_weights", "mismatched_keys": "mismatched_weights", "error_msgs": "model_error"}
     for problem, code in problems.items():
         _refuse(source, problem, report.get(problem), "such weights would be random and so would the rewards", code)
-    strangers = [name for name in report.get("unexpected_keys") or () if not _UNREAD.search(name)]
+    unexpected = [name for name in report.get("unexpected_keys") or () if not _UNREAD.search(name)]
     why = "the config is not that of these weights, or the family is another"
-    _refuse(source, "unexpected_keys", strangers, why, "unexpected_weights")
+    _refuse(source, "unexpected_keys", unexpected, why, "unexpected_weights")
 
 
 def _refuse(source: str, problem: str, names: Iterable[object] | None, why: str, code: str) -> None:
@@ -220,15 +228,15 @@ def _refuse(source: str, problem: str, names: Iterable[object] | None, why: str,
         raise ModelError(f"{source}: {what}; {why}", code=code, keys=found)
 
 
-def max_length(config: PretrainedConfig, asked: int | None = None) -> int:
-    """Tokens the model reads, as its config gives them, and no more than was asked for.
+def max_length(config: PretrainedConfig, requested: int | None = None) -> int:
+    """Tokens in the longest sequence that the model reads, at most `requested`.
 
     Raises:
-        ModelError: neither says.
+        ModelError: neither the config nor the request gives a length.
     """
     text = config.get_text_config()
-    given = [getattr(text, "max_position_embeddings", None), asked]
-    limit = min((length for length in given if isinstance(length, int)), default=None)
+    lengths = [getattr(text, "max_position_embeddings", None), requested]
+    limit = min((length for length in lengths if isinstance(length, int)), default=None)
     if limit is None:
         raise ModelError(f"{config.model_type}: the config names no max_position_embeddings; set --max-length")
     rope = getattr(text, "rope_parameters", None) or {}
@@ -240,7 +248,7 @@ def max_length(config: PretrainedConfig, asked: int | None = None) -> int:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash over every parameter: its name, shape, dtype, and sums that change when a value changes or moves."""
+    """A hash over every parameter: name, shape, dtype, and two sums that change when a value changes or moves."""
     digest = hashlib.sha256()
     with torch.inference_mode():
         for name, tensor in model.state_dict().items():

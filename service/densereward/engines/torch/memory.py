@@ -1,6 +1,6 @@
-"""Let the process keep the memory that a forward pass gives back, so that the next one finds it warm.
+"""Keep the memory that a forward pass frees in the process, for the next pass.
 
-glibc returns large blocks to the system as soon as they are freed. Each tensor of a pass then takes fresh pages, which
+glibc returns large blocks to the system as soon as they are freed. Each tensor of a pass then takes new pages, which
 the kernel clears one by one: on a CPU that costs a tenth to a quarter of the pass.
 """
 
@@ -18,6 +18,6 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    mallopt(_ARENA_MAX, 1)  # the engine's thread and those that load the model share what is kept
+    mallopt(_ARENA_MAX, 1)  # the engine's thread and those that load the model share freed blocks
     mallopt(_MMAP_THRESHOLD, 2**30) or mallopt(_MMAP_THRESHOLD, 2**25)  # older versions take no more than this
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)

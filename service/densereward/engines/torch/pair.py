@@ -1,7 +1,7 @@
 """A policy and its reference as one reward model: the implicit reward, log p(y | x) - log p_ref(y | x).
 
-What a policy was trained to prefer over its reference is a reward (Rafailov et al., arXiv 2404.12358), up to the
-factor that it was trained with. It is a sum over tokens, so every prefix has a score and every token its own part.
+What a policy was trained to prefer over its reference is a reward, up to the factor that it was trained with (Rafailov
+et al., arXiv 2404.12358). It is a sum over tokens, so every prefix has a score and every token its own part.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from densereward.capture import Captured, LogProbabilities, LogRatios, Need, Prefixes, ScoringInput
-from densereward.engines.torch.language_model import LanguageModel, in_sum
+from densereward.engines.torch.language_model import LanguageModel, captured_sums
 from densereward.errors import EngineFailure, ModelError
 
 __all__ = ["Pair"]
@@ -22,7 +22,7 @@ _ALONE = LogProbabilities(alone=True)
 class Pair:
     """Two language models with one vocabulary. See `engines.base.Engine`.
 
-    Where log-probabilities alone are needed, the reference is left out.
+    A sequence that needs nothing but log-probabilities does not run through the reference.
 
     Args:
         policy: the trained model.
@@ -58,18 +58,18 @@ class Pair:
         return self._policy.provides | {LogRatios()}
 
     def forward(self, batch: Sequence[ScoringInput]) -> list[Captured]:
-        """The policy's pass, then the reference's over what it is needed for.
+        """The policy's pass, then the reference's pass over the sequences that need it.
 
         Raises:
             EngineFailure: a pass failed.
         """
-        asked = [replace(sequence, needs=frozenset([_ALONE])) for sequence in batch]
-        policy = self._policy.forward(asked)
+        inputs = [replace(sequence, needs=frozenset([_ALONE])) for sequence in batch]
+        policy = self._policy.forward(inputs)
         compared = [index for index, sequence in enumerate(batch) if _ALONE not in sequence.needs]
-        reference = self._reference.forward([asked[index] for index in compared]) if compared else []
+        reference = self._reference.forward([inputs[index] for index in compared]) if compared else []
         results = list(policy)
         for index, other in zip(compared, reference, strict=True):
-            results[index] = _compared(batch[index], policy[index], other)
+            results[index] = _log_ratios(batch[index], policy[index], other)
         return results
 
     def reference(self, sequence: ScoringInput) -> Captured:
@@ -86,14 +86,14 @@ class Pair:
         )
 
     def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:
-        """The difference of what both give, computed in float32 on the weights as they are.
+        """`forward`, computed in float32 on the weights as they are.
 
         Raises:
             EngineFailure: a model cannot be run so.
         """
-        asked = [replace(sequence, needs=frozenset([_ALONE])) for sequence in batch]
-        policy, reference = self._policy.exactly(asked), self._reference.exactly(asked)
-        return [_compared(*each) for each in zip(batch, policy, reference, strict=True)]
+        inputs = [replace(sequence, needs=frozenset([_ALONE])) for sequence in batch]
+        policy, reference = self._policy.exactly(inputs), self._reference.exactly(inputs)
+        return [_log_ratios(*each) for each in zip(batch, policy, reference, strict=True)]
 
     def close(self) -> None:
         """Drop both models."""
@@ -101,11 +101,11 @@ class Pair:
         self._reference.close()
 
 
-def _compared(sequence: ScoringInput, policy: Captured, reference: Captured) -> Captured:
-    """The reward of a sequence that both models have read."""
+def _log_ratios(sequence: ScoringInput, policy: Captured, reference: Captured) -> Captured:
+    """The log-ratios of a sequence that both models have read."""
     first, second = policy.log_probabilities, reference.log_probabilities
     if first is None or second is None:
         raise EngineFailure("a language model gave no log-probabilities")
     ratios = first - second
-    captured = in_sum(sequence, ratios, first if LogProbabilities() in sequence.needs else None)
+    captured = captured_sums(sequence, ratios, first if LogProbabilities() in sequence.needs else None)
     return replace(captured, log_ratios=ratios if LogRatios() in sequence.needs else None)

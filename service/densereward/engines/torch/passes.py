@@ -1,4 +1,4 @@
-"""Forward passes: many sequences in one, or a long one in several; what is read comes back in one copy a pass."""
+"""Forward passes: many sequences in one, or a long sequence in several; each pass copies its results back once."""
 
 from __future__ import annotations
 
@@ -14,90 +14,99 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from densereward.capture import AttentionRow, Need, Objectives, ScoringInput
+from densereward.engines.torch.chunks import Chunk, ExpandedSequence, chunks_of, expand
 from densereward.engines.torch.contributions import contributions
-from densereward.engines.torch.kept import KeptKeys, Prompt, PromptKeys
-from densereward.engines.torch.packing import PackedBatch, pack
-from densereward.engines.torch.pieces import Piece, WrittenOut, in_pieces, write_out
+from densereward.engines.torch.failures import as_engine_failures
+from densereward.engines.torch.kv_cache import KVCache, Prompt, PromptCache
+from densereward.engines.torch.packed_batch import PackedBatch
+from densereward.engines.torch.packing import pack
 from densereward.errors import CannotPack, EngineFailure
-from densereward.heads.base import Head
+from densereward.heads.base import DecoderHead, PositionHead
+from densereward.heads.language_model import LanguageModelHead
 
-__all__ = ["Passes", "Result"]
+__all__ = ["Passes", "SequenceResult"]
 
 _LONG_PROMPT = 64
-"""Tokens of a prompt that is worth looking up."""
+"""Tokens from which on a prompt is worth caching."""
 
 
 @dataclass(slots=True)
-class Result:
+class SequenceResult:
     """What the passes give for one sequence.
 
     Attributes:
-        whole: the sequence, written out.
-        reads: what the head says at each of its reads; filled piece by piece.
-        objectives: their parts, for a head that sums over objectives; filled likewise.
+        expanded: the sequence.
+        values: what the head gives at each of its `read_at`; filled chunk by chunk.
+        objectives: the parts of these, for a head that sums over objectives; filled likewise.
         rows: the scored rows from the sequence's first token on, layers counted from 0.
-        sums: per layer, the attention that each token of the sequence received; added up piece by piece.
+        received: per layer, the attention that each token of the sequence received; summed chunk by chunk.
     """
 
-    whole: WrittenOut
-    reads: Float32[np.ndarray, " R"] = field(init=False)
+    expanded: ExpandedSequence
+    values: Float32[np.ndarray, " R"] = field(init=False)
     objectives: Float32[np.ndarray, "K R"] | None = None
     rows: dict[Need, Float32[np.ndarray, " L"]] = field(default_factory=dict)
-    sums: dict[int, Float32[np.ndarray, " S"]] = field(default_factory=dict)
+    received: dict[int, Float32[np.ndarray, " S"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.reads = np.full(len(self.whole.reads), np.nan, dtype=np.float32)
+        self.values = np.full(len(self.expanded.read_at), np.nan, dtype=np.float32)
 
     @property
     def prompt(self) -> Prompt:
-        """The prompt, as it is looked up."""
-        return tuple(self.whole.sequence.token_ids[: self.whole.sequence.prompt_length])
+        """The prompt's ids, the key of the prompt cache."""
+        return tuple(self.expanded.sequence.token_ids[: self.expanded.sequence.prompt_length])
 
-    def add_objectives(self, slots: Int64[np.ndarray, " r"], parts: Float32[np.ndarray, "K r"]) -> None:
-        """Fill in the parts of some reads."""
+    def add_objectives(self, indices: Int64[np.ndarray, " r"], parts: Float32[np.ndarray, "K r"]) -> None:
+        """Fill in the parts of some values."""
         if self.objectives is None:
-            self.objectives = np.full((len(parts), len(self.reads)), np.nan, dtype=np.float32)
-        self.objectives[:, slots] = parts
+            self.objectives = np.full((len(parts), len(self.values)), np.nan, dtype=np.float32)
+        self.objectives[:, indices] = parts
 
-    def receive(self, layer: int, sums: Float32[np.ndarray, " _"]) -> None:
+    def add_received(self, layer: int, received: Float32[np.ndarray, " _"]) -> None:
         """Add attention that the sequence's first tokens received."""
-        total = self.sums.setdefault(layer, np.zeros(self.whole.length, dtype=np.float32))
-        total[: len(sums)] += sums
+        total = self.received.setdefault(layer, np.zeros(self.expanded.length, dtype=np.float32))
+        total[: len(received)] += received
 
 
 class Passes:
-    """Runs a decoder with a head on it, and owns the keys that are kept between passes.
+    """Runs a decoder with a head on it, and owns the prompt cache.
 
     Args:
         model: loaded by `loading`.
         head: what is read.
         layers: how many the model has.
-        batch_tokens: tokens in one pass, beyond which a sequence runs in pieces.
-        prompt_cache: bytes for the keys of prompts that come again; 0 runs every prompt anew.
+        batch_tokens: tokens in one pass, beyond which a sequence runs in chunks.
+        prompt_cache: bytes for the keys and values of prompts that come again; 0 caches none.
     """
 
-    def __init__(self, model: PreTrainedModel, head: Head, layers: int, batch_tokens: int, prompt_cache: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: DecoderHead | LanguageModelHead,
+        layers: int,
+        batch_tokens: int,
+        prompt_cache: int,
+    ) -> None:
         self.backbone: Any = model.base_model
-        self._head: Any = head
+        self._head = head
         self._device = model.device
         self._family = type(model).__name__
         self._config: Any = model.config
         self._layers = layers
         self._batch_tokens = batch_tokens
-        self._prompts = PromptKeys(prompt_cache)
+        self._prompts = PromptCache(prompt_cache)
 
     def check_attention(self) -> None:
-        """Every layer must leave the mixing of tokens to attention that keeps sequences apart.
+        """Refuse a model in which a packed sequence could read its neighbours: only our attention may mix tokens.
 
         Raises:
-            CannotPack: some layer has attention of its own, or something else that mixes tokens, so that a sequence
-                would read its neighbours.
+            CannotPack: a layer has attention of its own, or mixes tokens by something else.
         """
         rows: frozenset[Need] = frozenset(AttentionRow(layer) for layer in range(self._layers))
         probe = ScoringInput([0, 1, 2, 3], 1, 3, 3, needs=rows)
         try:
-            whole = write_out(probe)
-            self.run([replace(whole, following=np.zeros(len(whole.reads), dtype=np.int64))])
+            expanded = expand(probe)
+            self.run([replace(expanded, next_ids=np.zeros(len(expanded.read_at), dtype=np.int64))])
         except EngineFailure as failure:
             raise CannotPack(f"{self._family} cannot be packed: {failure.message}") from failure
         config = self._config.get_text_config()
@@ -106,12 +115,12 @@ class Passes:
             raise CannotPack(f"{self._family} has layers of type {', '.join(sorted(strange))}, which cannot be packed")
 
     def reference(self, model: Any, sequence: ScoringInput) -> tuple[Float[Tensor, "S E"], Float32[Tensor, "A S"]]:
-        """One sequence in transformers' own eager attention: hidden states, and each layer's row of the last token.
+        """One sequence in transformers' own eager attention: hidden states, and each layer's row of the scored token.
 
         Raises:
             EngineFailure: the model has no such attention, or gives no rows.
         """
-        packed = model.config._attn_implementation
+        implementation = model.config._attn_implementation
         try:
             model.set_attn_implementation("eager")
             ids = torch.tensor([list(sequence.token_ids)], device=self._device)
@@ -120,113 +129,119 @@ class Passes:
         except (ValueError, TypeError) as error:
             raise EngineFailure(f"transformers' eager attention cannot be had: {error}") from error
         finally:
-            model.set_attn_implementation(packed)
+            model.set_attn_implementation(implementation)
         if not output.attentions or any(each is None for each in output.attentions):
             raise EngineFailure("transformers' eager attention gives no rows")
         rows = torch.stack([each[0, :, sequence.scored_position].float().mean(dim=0) for each in output.attentions])
         return output.last_hidden_state[0], rows
 
-    def run(self, sequences: Sequence[WrittenOut]) -> list[Result]:
-        """One pass for all, or for a sequence that is too long for one a pass for each piece.
+    def run(self, sequences: Sequence[ExpandedSequence]) -> list[SequenceResult]:
+        """One pass for all, or for a single sequence that is too long for it, one pass per chunk.
 
         Raises:
             EngineFailure: a pass failed.
         """
-        results = [Result(each) for each in sequences]
+        results = [SequenceResult(each) for each in sequences]
         with torch.inference_mode(), self.failures():
-            if len(results) == 1 and len(results[0].whole.ids) > self._batch_tokens:
-                for piece in in_pieces(results[0].whole, self._batch_tokens):
-                    self._run([piece], results)
+            if len(results) == 1 and len(results[0].expanded.ids) > self._batch_tokens:
+                for chunk in chunks_of(results[0].expanded, self._batch_tokens):
+                    self._run_pass([chunk], results)
             else:
-                self._run_together(results)
+                self._run_batch(results)
         return results
 
     @contextmanager
     def failures(self) -> Iterator[None]:
-        """What torch raises, as what an engine raises.
+        """Turn torch's errors into an `EngineFailure`, and where memory ran out, empty the prompt cache.
 
         Raises:
             EngineFailure: torch failed.
         """
         try:
-            yield
-        except torch.OutOfMemoryError as error:
-            self._prompts.clear()
-            raise EngineFailure(
-                "the device's memory is too small for this sequence; set --max-batch-tokens or --max-length lower",
-                code="out_of_memory",
-            ) from error
-        except RuntimeError as error:
-            raise EngineFailure(f"the forward pass failed: {error}") from error
+            with as_engine_failures("--max-batch-tokens or --max-length"):
+                yield
+        except EngineFailure as failure:
+            if isinstance(failure.__cause__, torch.OutOfMemoryError):
+                self._prompts.clear()
+            raise
 
     def close(self) -> None:
-        """Let the model and the kept keys go."""
+        """Drop the model and the prompt cache."""
         self.backbone = None
         self._prompts.clear()
 
     def _read(
         self, hidden: Float[Tensor, "M E"], gates: Float[Tensor, "_ E"], packed: PackedBatch
     ) -> tuple[Float32[Tensor, " M"], Float32[Tensor, "K M"]]:
-        """What the head says at every read place; where that is a sum over objectives, also the parts."""
-        if not self._head.objectives:
-            reads = self._head.read(hidden, packed.following)
-            return reads, reads.new_zeros(0, len(reads))
-        reads_each = torch.tensor([len(each.read_slots) for each in packed.placed], device=self._device)
+        """What the head gives wherever it is read, and its parts, if the batch needs the parts."""
+        head = self._head
+        if isinstance(head, LanguageModelHead):
+            values = head.read(hidden, packed.next_ids)
+            return values, values.new_zeros(0, len(values))
+        if isinstance(head, PositionHead) and not head.objectives:
+            values = head.scores(hidden)
+            return values, values.new_zeros(0, len(values))
+        reads_each = torch.tensor([len(each.read_indices) for each in packed.placed], device=self._device)
         owner = torch.arange(len(reads_each), device=self._device).repeat_interleave(reads_each)
-        parts = self._head.parts(hidden, gates, owner)
-        return parts.sum(dim=0), parts if self._wants_objectives(packed) else parts[:0]
+        parts = head.parts(hidden, gates, owner)
+        needed = any(Objectives() in each.chunk.expanded.sequence.needs for each in packed.placed)
+        return parts.sum(dim=0), parts if needed else parts[:0]
 
-    @staticmethod
-    def _wants_objectives(packed: PackedBatch) -> bool:
-        return any(Objectives() in each.piece.whole.sequence.needs for each in packed.placed)
-
-    def _run_together(self, results: Sequence[Result]) -> None:
-        """One pass; prompts whose keys are kept do not run again, and those that come again are kept."""
+    def _run_batch(self, results: Sequence[SequenceResult]) -> None:
+        """One pass; cached prompts do not run again, and those that come again are cached."""
         prompts = {result.prompt: None for result in results if len(result.prompt) >= _LONG_PROMPT}
-        recalled = {prompt: self._prompts.recall(prompt) for prompt in prompts}
-        again = {prompt: self._prompts.comes_again(prompt) for prompt in prompts}
-        keep = {prompt: KeptKeys() for prompt in prompts if again[prompt] and recalled[prompt] is None}
-        pieces = [Piece.after(result.whole, recalled.get(result.prompt)) for result in results]
-        self._run(pieces, results, keep)
-        for prompt, kept in keep.items():
-            self._prompts.store(prompt, kept)
+        caches = {prompt: self._prompts.get(prompt) for prompt in prompts}
+        again = {prompt: self._prompts.seen_before(prompt) for prompt in prompts}
+        new_caches = {prompt: KVCache() for prompt in prompts if again[prompt] and caches[prompt] is None}
+        chunks = [Chunk.after(result.expanded, caches.get(result.prompt)) for result in results]
+        self._run_pass(chunks, results, new_caches)
+        for prompt, cache in new_caches.items():
+            self._prompts.store(prompt, cache)
 
-    def _run(
-        self, pieces: Sequence[Piece], results: Sequence[Result], keep: Mapping[Prompt, KeptKeys] | None = None
+    def _run_pass(
+        self,
+        chunks: Sequence[Chunk],
+        results: Sequence[SequenceResult],
+        new_caches: Mapping[Prompt, KVCache] | None = None,
     ) -> None:
-        """One pass, one copy back: the head at every read place, then the kept rows."""
-        packed = pack(pieces, self._device, self._layers, keep)
+        """One pass: the decoder, then the head wherever it is read, then contributions."""
+        packed = pack(chunks, self._device, self._layers, new_caches)
         hidden = self.backbone(
             input_ids=packed.token_ids, position_ids=packed.position_ids, use_cache=False, packed=packed
         ).last_hidden_state[0]
-        gates = hidden[packed.gates] if self._head.gate is not None else hidden[:0]
-        reads, objectives = self._read(hidden[packed.read], gates, packed)
-        if packed.contributions:
-            packed.rows.update(contributions(self.backbone, self._head, packed, hidden[packed.scored], gates))
-        if packed.row_needs != packed.rows.keys() or None in packed.sums.values():
+        head = self._head
+        gated = isinstance(head, DecoderHead) and head.gate is not None
+        gates = hidden[packed.gates] if gated else hidden[:0]
+        values, objectives = self._read(hidden[packed.read_at], gates, packed)
+        if packed.contributions and isinstance(head, DecoderHead):
+            packed.rows.update(contributions(self.backbone, head, packed, hidden[packed.scored], gates))
+        if packed.row_needs != packed.rows.keys() or None in packed.received.values():
             raise EngineFailure(f"{self._family} did not run its attention in all the layers that are needed")
-        _hand_out(packed, results, reads, objectives)
+        _distribute(packed, results, values, objectives)
 
 
-def _hand_out(
-    packed: PackedBatch, results: Sequence[Result], reads: Float32[Tensor, " M"], objectives: Float32[Tensor, "K M"]
+def _distribute(
+    packed: PackedBatch,
+    results: Sequence[SequenceResult],
+    values: Float32[Tensor, " M"],
+    objectives: Float32[Tensor, "K M"],
 ) -> None:
-    """Bring what a pass gave to the host in one copy, and cut it into sequences."""
-    needs, places = list(packed.rows), list(packed.sums)
-    sums = [each for each in packed.sums.values() if each is not None]
-    parts = [reads, *packed.rows.values(), *sums, objectives.flatten()]
+    """Copy what a pass gave to the host, in one copy, and give each sequence its own."""
+    needs, places = list(packed.rows), list(packed.received)
+    received = [each for each in packed.received.values() if each is not None]
+    parts = [values, *packed.rows.values(), *received, objectives.flatten()]
     on_host = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
     read = key = 0
     for result, placed in zip(results, packed.placed, strict=True):
-        slots = placed.read_slots
-        result.reads[slots] = on_host[0][read : read + len(slots)]
+        indices = placed.read_indices
+        result.values[indices] = on_host[0][read : read + len(indices)]
         if len(objectives):
-            result.add_objectives(slots, on_host[-1].reshape(objectives.shape)[:, read : read + len(slots)])
-        read += len(slots)
+            result.add_objectives(indices, on_host[-1].reshape(objectives.shape)[:, read : read + len(indices)])
+        read += len(indices)
     rows = dict(zip(needs, on_host[1 : 1 + len(needs)], strict=True))
-    for index in packed.rows_of:
-        length = results[index].whole.sequence.scored_position + 1
+    for index in packed.row_chunks:
+        length = results[index].expanded.sequence.scored_position + 1
         results[index].rows |= {need: row[key : key + length] for need, row in rows.items()}
         key += length
-    for (index, layer), received in zip(places, on_host[1 + len(needs) : -1], strict=True):
-        results[index].receive(layer, received)
+    for (index, layer), each in zip(places, on_host[1 + len(needs) : -1], strict=True):
+        results[index].add_received(layer, each)

@@ -1,8 +1,8 @@
-"""The way of models that cannot be packed: transformers' own attention, whole texts, slower and just as exact.
+"""The engine for models that cannot be packed: transformers' own attention, slower and with the same numbers.
 
-Bidirectional models read prompt and response as a pair, several in a padded batch with its mask. Decoders that mix
-tokens in ways of their own run in batches of equal lengths, so that nothing is ever padded. Prefixes that are scored
-closed are sequences of their own (`EngineFacts.reencodes`).
+Encoders read prompt and response as a pair of texts, in padded batches with a mask. Decoders that mix tokens by
+something else than attention run in batches of equal lengths, so that nothing is padded. Closed prefixes are scored as
+sequences of their own (`EngineFacts.reencodes`).
 """
 
 from __future__ import annotations
@@ -22,31 +22,35 @@ from densereward.capture import (
     AttentionRow,
     Captured,
     Need,
-    Prefixes,
-    PrefixMode,
     PrefixScores,
     ScoringInput,
     StepScores,
     Variants,
 )
 from densereward.engines.base import TOLERANCE
-from densereward.engines.torch.exact import all_in_float32
-from densereward.engines.torch.facts import facts_of
+from densereward.engines.captured import from_positions
+from densereward.engines.torch.facts import facts_of, with_head
+from densereward.engines.torch.float32 import all_in_float32
 from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_scorer
-from densereward.engines.torch.own_attention import OwnAttention, failures
 from densereward.engines.torch.probes import gives_rows, has_fused, is_causal
+from densereward.engines.torch.transformers_pass import TransformersPass, failures
 from densereward.errors import EngineFailure, ModelError
-from densereward.heads.base import ScoreHead
+from densereward.heads.base import PositionHead, ScoreHead
 
 __all__ = ["UnpackedEngine"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
-    """What a pass gives for one sequence: scores of all positions, or one of the text; each layer's scored row."""
+class _PassResult:
+    """What a pass gives for one sequence.
+
+    Attributes:
+        scores: of all its positions, or one of the whole text.
+        rows: the scored token's row in each layer; none of a pass that needs no rows.
+    """
 
     scores: Float32[np.ndarray, " _"]
-    rows: Float32[np.ndarray, "A S"] | None
+    rows: Float32[np.ndarray, "A S"]
 
 
 class UnpackedEngine:
@@ -55,50 +59,45 @@ class UnpackedEngine:
     Args:
         model: loaded by `loading.load_scorer`.
         head: that of its family.
-        why: what keeps the model from being packed.
+        reason: why the model cannot be packed.
         longest: tokens in the longest sequence to read; by default what the config gives.
         batch_tokens: tokens in one padded batch; by default what suits the device.
         separator: what ends each step, if the model is a token classifier that was trained on steps.
 
     Raises:
-        ModelError: the model cannot be read as a reward model in this way either.
+        ModelError: the model cannot be read as a reward model in this way, either.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         head: ScoreHead,
-        why: str,
+        reason: str,
         longest: int | None = None,
         batch_tokens: int | None = None,
         separator: str | None = None,
     ) -> None:
-        if head.gate is not None:
-            raise ModelError(why)
+        self._reads_texts = head.pooling == "text"
+        self._head = head if isinstance(head, PositionHead) else None
+        if self._head is None and not self._reads_texts:
+            raise ModelError(reason)  # a gate is read in the packed pass
         model.requires_grad_(False)
-        self._head = head
-        self._whole = head.pooling == "text"
-        if self._whole:
+        if self._reads_texts:
             _widen_head(model)
-        steps = head.written_in(separator)
         facts = facts_of(model, head.name, longest, batch_tokens)
         self.facts = replace(
-            facts,
+            with_head(facts, head, separator),
             engine="unpacked",
             max_length=min(facts.max_length, _positions(model)),
-            unit=head.unit if steps is None else "step",
-            steps=steps,
-            notice=head.notice or f"it runs in transformers' own attention, not packed with others: {why}",
-            score_token=head.score_token,
-            tokens=head.tokens,
-            reads_pairs=self._whole,
+            notice=head.notice or f"it runs in transformers' own attention, not packed with others: {reason}",
+            reads_pairs=self._reads_texts,
             reencodes=True,
             shares_prompts=False,
         )
-        self._attention = OwnAttention(model, whole=self._whole, fused=has_fused(model))
+        self._attention = TransformersPass(model, reads_texts=self._reads_texts, fused=has_fused(model))
         try:
-            if not self._whole and not is_causal(self._scores_alone, TOLERANCE[self.facts.dtype]):
-                raise ModelError(f"{why}, and its tokens look ahead, so that how it reads a dialogue is not known")
+            if not self._reads_texts and not is_causal(self._scores_alone, TOLERANCE[self.facts.dtype]):
+                raise ModelError(f"{reason}, and its tokens look ahead, so that how it reads a dialogue is not known")
             reads_once = head.pooling != "mean" and head.unit == "sequence"
             self._rows = reads_once and gives_rows(self._attention, facts.layers)
         except EngineFailure as failure:
@@ -109,7 +108,7 @@ class UnpackedEngine:
     def load(
         cls,
         source: str,
-        why: str,
+        reason: str,
         *,
         revision: str | None = None,
         device: str = "auto",
@@ -126,18 +125,18 @@ class UnpackedEngine:
             ModelError: the model cannot be loaded or read as a reward model.
         """
         chosen = choose_device(device)
-        model, read_by = load_scorer(
+        model, score_head = load_scorer(
             source, revision, chosen, choose_dtype(dtype, chosen), head, packs=False, pickled=pickled
         )
-        return cls(model, read_by, why, longest, batch_tokens, separator)
+        return cls(model, score_head, reason, longest, batch_tokens, separator)
 
     @property
     def provides(self) -> frozenset[Need]:
-        """Scores of steps; or of prefixes, open ones too where nothing looks ahead, and the scored row."""
+        """Scores of steps; or scores of prefixes, open ones too where the model is causal, and the scored row."""
         if self.facts.unit != "sequence":
             return frozenset([StepScores()])
         scores: list[Need] = [PrefixScores("closed"), Variants()]
-        scores += [] if self._whole else [PrefixScores("open")]
+        scores += [] if self._reads_texts else [PrefixScores("open")]
         layers = range(-self.facts.layers, self.facts.layers)
         return frozenset([*scores, *(AttentionRow(layer) for layer in layers if self._rows)])
 
@@ -150,8 +149,8 @@ class UnpackedEngine:
         captured: dict[int, Captured] = {}
         with torch.inference_mode(), failures():
             for indices in self._batches(batch):
-                reads = self._run([batch[i] for i in indices])
-                captured |= {i: self._captured(batch[i], read) for i, read in zip(indices, reads, strict=True)}
+                results = self._run([batch[i] for i in indices])
+                captured |= {i: self._captured(batch[i], result) for i, result in zip(indices, results, strict=True)}
         return [captured[i] for i in range(len(batch))]
 
     def reference(self, sequence: ScoringInput) -> Captured:
@@ -178,80 +177,72 @@ class UnpackedEngine:
         torch.cuda.empty_cache()
 
     def _batches(self, batch: Sequence[ScoringInput]) -> Iterator[list[int]]:
-        """Indices of sequences that run together: of equal length, or where padding is masked, of nearly equal.
+        """Indices of the sequences of each pass: of equal length, or of nearly equal length where padding is masked.
 
-        Those of which rows are wanted run apart, since that takes another attention.
+        Sequences that need rows run in passes of their own, since only eager attention gives rows.
         """
 
         def kind(i: int) -> tuple[bool, int]:
-            return _wants_rows(batch[i]), 0 if self._whole else len(batch[i].token_ids)
+            return _needs_rows(batch[i]), 0 if self._reads_texts else len(batch[i].token_ids)
 
         ordered = sorted(range(len(batch)), key=lambda i: (*kind(i), len(batch[i].token_ids)))
         for _, group in groupby(ordered, key=kind):
-            together: list[int] = []
+            indices: list[int] = []
             for i in group:
-                if together and (len(together) + 1) * len(batch[i].token_ids) > self.facts.batch_tokens:
-                    yield together
-                    together = []
-                together.append(i)
-            if together:
-                yield together
+                if indices and (len(indices) + 1) * len(batch[i].token_ids) > self.facts.batch_tokens:
+                    yield indices
+                    indices = []
+                indices.append(i)
+            if indices:
+                yield indices
 
-    def _run(self, batch: Sequence[ScoringInput], *, eager: bool = False) -> list[_Read]:
+    def _run(self, batch: Sequence[ScoringInput], *, eager: bool = False) -> list[_PassResult]:
         """One pass."""
-        wanted = any(map(_wants_rows, batch))
-        output = self._attention.output(batch, rows=wanted, eager=eager)
-        if self._whole:
+        needs_rows = any(map(_needs_rows, batch))
+        output = self._attention.run(batch, rows=needs_rows, eager=eager)
+        if self._head is None:
             scores: Tensor = output.logits.float()
         else:
-            scores = torch.stack([self._scores(hidden) for hidden in output.last_hidden_state])
+            scores = torch.stack([_scores(self._head, hidden) for hidden in output.last_hidden_state])
         on_host = scores.cpu().numpy()
-        rows = [self._scored_rows(output.attentions, i, each) if wanted else None for i, each in enumerate(batch)]
-        return [_Read(on_host[i], rows[i]) for i in range(len(batch))]
+        rows = (self._scored_rows(output.attentions if needs_rows else (), i, each) for i, each in enumerate(batch))
+        return [_PassResult(*each) for each in zip(on_host, rows, strict=True)]
 
     def _scores_alone(self, sequence: ScoringInput) -> Float32[np.ndarray, " _"]:
         with torch.inference_mode(), failures():
             return self._run([sequence])[0].scores
 
-    def _scores(self, hidden: Tensor) -> Float32[Tensor, " S"]:
-        """Of every position of one sequence."""
-        scores = self._head.scores(hidden)
-        if self._head.pooling == "mean":
-            scores = scores.cumsum(0) / torch.arange(1, len(scores) + 1, device=scores.device)
-        return scores
-
     def _scored_rows(self, attentions: Sequence[Tensor], index: int, sequence: ScoringInput) -> Any:
-        rows = [each[index, :, 0, : len(sequence.token_ids)].float().mean(dim=0) for each in attentions]
-        return torch.stack(rows).cpu().numpy()
+        length = len(sequence.token_ids)
+        rows = [each[index, :, 0, :length].float().mean(dim=0) for each in attentions]
+        return torch.stack(rows).cpu().numpy() if rows else np.zeros((0, length), np.float32)
 
-    def _captured(self, sequence: ScoringInput, read: _Read) -> Captured:
-        """In the form that methods read."""
-        start, stop = sequence.prompt_length, sequence.response_stop
-        prefixes: dict[PrefixMode, Prefixes] = {}
-        if PrefixScores("open") in sequence.needs:
-            before = float(read.scores[start - 1]) if start else None
-            prefixes["open"] = Prefixes(before, read.scores[start:stop])
-        wanted = [need.layer for need in sequence.needs if isinstance(need, AttentionRow)]
-        steps = read.scores[list(sequence.steps)]
-        own = float(read.scores[0] if self._whole else read.scores[sequence.scored_position])
-        return Captured(
-            reward=float(steps.mean(dtype=np.float64)) if self.facts.unit == "token" else own,
-            length=sequence.response_length,
-            prefixes=prefixes,
-            step_scores=steps if StepScores() in sequence.needs else None,
-            attention_rows={} if read.rows is None else {layer: read.rows[layer][start:stop] for layer in wanted},
-        )
+    def _captured(self, sequence: ScoringInput, result: _PassResult) -> Captured:
+        """What a sequence needs of a pass."""
+        steps = result.scores[list(sequence.steps)]
+        own = float(result.scores[0] if self._reads_texts else result.scores[sequence.scored_position])
+        reward = float(steps.mean(dtype=np.float64)) if self.facts.unit == "token" else own
+        step_scores = steps if StepScores() in sequence.needs else None
+        return from_positions(sequence, reward, result.scores, lambda layer: result.rows[layer], step_scores)
 
 
-def _wants_rows(sequence: ScoringInput) -> bool:
+def _scores(head: PositionHead, hidden: Tensor) -> Float32[Tensor, " S"]:
+    """The score at every position of one sequence."""
+    scores = head.scores(hidden)
+    if head.pooling == "mean":
+        scores = scores.cumsum(0) / torch.arange(1, len(scores) + 1, device=scores.device)
+    return scores
+
+
+def _needs_rows(sequence: ScoringInput) -> bool:
     return any(isinstance(need, AttentionRow) for need in sequence.needs)
 
 
 def _widen_head(model: Any) -> None:
-    """What stands behind the encoder computes in float32, whatever the model's dtype."""
+    """Let all layers behind the encoder compute in float32, whatever the model's dtype."""
 
-    def widen(_module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(each.float() if isinstance(each, Tensor) and each.is_floating_point() else each for each in given)
+    def widen(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(each.float() if isinstance(each, Tensor) and each.is_floating_point() else each for each in args)
 
     for child in model.children():
         if child is not model.base_model:
@@ -259,7 +250,7 @@ def _widen_head(model: Any) -> None:
 
 
 def _positions(model: Any) -> int:
-    """Positions that the model has rows for, less those that it never uses: RoBERTa counts from behind its padding."""
+    """Positions that the model has embeddings for and uses: RoBERTa counts from after its padding token's."""
     embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     if embeddings is None:
         return 2**31

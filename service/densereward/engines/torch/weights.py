@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read from the heads of its files and nothing more."""
+"""The names, shapes and dtypes of a checkpoint's weights, read from its files' headers alone."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def weight_shapes(source: str, revision: str | None = None, *, pickled: bool = F
 
 
 def shapes_in(path: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights in one file of safetensors, by name.
+    """Shapes of the weights in one safetensors file, by name.
 
     Raises:
         ModelError: it is damaged.
@@ -59,7 +59,7 @@ def shapes_in(path: str) -> dict[str, tuple[int, ...]]:
 
 
 def weight_files(source: str, revision: str | None = None) -> list[str]:
-    """Where the files of safetensors are that hold the weights; none where there are none."""
+    """Paths of the safetensors files that hold the weights; empty where there are none."""
     return _files(source, revision, _SAFE)
 
 
@@ -70,11 +70,11 @@ def stored_in_float32(source: str, revision: str | None = None) -> bool:
             if any(file.get_slice(key).get_dtype() in ("F32", "F64") for key in file.keys()):  # noqa: SIM118
                 return True
     pickled = (_unpickled(path) for path in _files(source, revision, _PICKLED))
-    return any(tensor.dtype in (torch.float32, torch.float64) for held in pickled for tensor in held.values())
+    return any(tensor.dtype in (torch.float32, torch.float64) for weights in pickled for tensor in weights.values())
 
 
 def _unpickled(path: str) -> dict[str, Tensor]:
-    """Tensors without their values."""
+    """A pickled file's tensors, without their values."""
     with _reading(path):
         weights: dict[str, Tensor] = torch.load(path, map_location="meta", weights_only=True)
     return weights
@@ -89,7 +89,7 @@ def _reading(path: str) -> Iterator[None]:
 
 
 def _files(source: str, revision: str | None, name: str) -> list[str]:
-    """The files of one kind that hold the weights: one, or those that an index names."""
+    """Paths of the weight files of one kind: a single one, or those that an index names."""
     index = find_file(source, revision, f"{name}.index.json")
     if index is None:
         single = find_file(source, revision, name)
@@ -102,7 +102,7 @@ def _files(source: str, revision: str | None, name: str) -> list[str]:
 
 
 def find_file(source: str, revision: str | None, name: str) -> str | None:
-    """Where a file of a folder or a hub repository is; None where there is none.
+    """The path of a file of a folder or a hub repository; None where there is none.
 
     Raises:
         ModelError: there is no such folder or repository.

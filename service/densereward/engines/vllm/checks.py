@@ -1,4 +1,4 @@
-"""What is asked of a vLLM engine before anything else: are its rows its kernels', and its prefix scores of prefixes?"""
+"""Checks of a vLLM engine at its start: are its rows those of its kernels, and are its prefix scores causal?"""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from densereward.errors import EngineFailure, ModelError
 __all__ = ["check_engine"]
 
 _SHORT = 48
+"""Tokens in the short probe."""
+
 _MOST = 64
-"""Probes that run at once; their tokens are more than one pass holds, so that some run in chunks beside others."""
+"""Long probes that run at once: more than one pass holds, so that some run in chunks beside others."""
 
 _STRICTER = 10
-"""Float32 rows come far nearer than scores may move with their company."""
+"""How much stricter float32 rows are judged than scores, which may move with the batch around them."""
 
 
 async def check_engine(engine: Any, layers: Sequence[int]) -> None:
-    """Look at rows and prefix scores, with more at once than a pass holds.
+    """Check rows and prefix scores, on more sequences at once than a pass holds.
 
     Args:
         engine: a `VllmEngine`.
-        layers: whose rows it gives.
+        layers: those whose rows it gives.
 
     Raises:
-        ModelError: they are not what they should be, or cannot be had.
+        ModelError: they are wrong, or vLLM does not give them.
     """
     facts = engine.facts
     longest = min(facts.max_length, facts.batch_tokens + 16)
@@ -38,23 +40,23 @@ async def check_engine(engine: Any, layers: Sequence[int]) -> None:
     probes = [_probe(facts, seed, length) for seed, length in enumerate([min(_SHORT, longest), *[longest] * count])]
     try:
         found = await asyncio.gather(*(engine.row_errors(each, layers) for each in probes))
-        together = await asyncio.gather(*(_prefix_error(engine, each) for each in probes[:2]))
-    except EngineFailure as error:
-        raise ModelError(f"this vLLM does not give what it was asked for: {error.message}") from error
+        moves = await asyncio.gather(*(_prefix_error(engine, each) for each in probes[:2]))
+    except EngineFailure as failure:
+        raise ModelError(f"this vLLM does not give what it was asked for: {failure.message}") from failure
     limit = TOLERANCE[facts.dtype]
-    if (moved := max(together)) > limit:
+    if (moved := max(moves)) > limit:
         raise ModelError(f"the score of a prefix moves by {moved:.2g} with what comes behind it: the model looks ahead")
     limit *= _STRICTER if facts.dtype == "float32" else 1
     for layer in layers:
-        if not (off := max(errors[layer] for errors in found)) <= limit:
+        if not (error := max(errors[layer] for errors in found)) <= limit:
             raise ModelError(
-                f"the attention row of layer {layer} is off by {off:.2g} from what its kernel computed; serve this "
+                f"the attention row of layer {layer} is off by {error:.2g} from what its kernel computed; serve this "
                 "model with --engine torch"
             )
 
 
 async def _prefix_error(engine: Any, probe: ScoringInput) -> float:
-    """How far a prefix's score within a text is from that of the prefix alone, of the larger."""
+    """How far a prefix's score in a longer text is from its score alone, relative to the latter (or to 1)."""
     if probe.response_length < 2:
         return 0.0
     middle = probe.prompt_length + probe.response_length // 2

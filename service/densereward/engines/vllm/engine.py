@@ -1,9 +1,9 @@
-"""The vLLM engine: its scheduler, kernels, tensor parallelism and quantisation; the same answers.
+"""The vLLM engine: vLLM's scheduler, kernels, tensor parallelism and quantisation, and the same answers.
 
-vLLM runs in processes of its own, and here its client (`AsyncLLM`) in an event loop of its own. Sequences are handed
-over one by one, whenever they come, and vLLM decides what runs together. Scores of every position and the scored
-token's attention rows come back in one tensor (`vllm_worker`). A sequence of which only the score is wanted is pooled
-at its last token, so that vLLM can take the prompt's keys from its prefix cache.
+vLLM runs in processes of its own. Its client (`AsyncLLM`) runs here, in an event loop of its own. Sequences are handed
+over one by one, and vLLM decides what runs together. Scores of every position and the scored token's attention rows
+come back in one tensor (`engines.vllm.worker`). A sequence that needs only its score is pooled at its last token, so
+that vLLM can take the prompt's keys from its prefix cache.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from densereward.capture import AttentionRow, Captured, Need, Prefixes, PrefixMode, PrefixScores, ScoringInput, Variants
-from densereward.engines.base import EngineFacts
-from densereward.engines.torch.facts import special_ids
+from densereward.capture import AttentionRow, Captured, Need, PrefixScores, ScoringInput, Variants
+from densereward.engines.captured import from_positions
 from densereward.engines.torch.loading import Dtype
+from densereward.engines.vllm.attention_rows import RowRequest
 from densereward.engines.vllm.checks import check_engine
+from densereward.engines.vllm.facts import facts_of, layers_with_rows
 from densereward.engines.vllm.loop_thread import LoopThread
-from densereward.engines.vllm.model import Served, check_installed, engine_arguments, served
-from densereward.engines.vllm.worker import Asked
+from densereward.engines.vllm.model import ServedModel, check_installed, engine_arguments, served_model
 from densereward.errors import EngineDied, EngineFailure, ModelError
 
 __all__ = ["VllmEngine"]
 
 _WATCH = 0.5
-"""Seconds between looks at whether the engine's processes live."""
+"""Seconds between two checks that the engine's processes live."""
 
-_TOGETHER = 4
-"""Layers whose keys a request keeps at once."""
+_LAYERS_PER_REQUEST = 4
+"""Layers whose rows one request to vLLM asks for: the keys of each are kept until its sequence ends."""
 
 _DIED = "the engine's process ended; this server stops taking requests and exits, so that its supervisor restarts it"
 
@@ -45,10 +45,10 @@ class VllmEngine:
 
     Args:
         model: what vLLM is given.
-        arguments: of vLLM's engine, beside those that are set here.
+        arguments: the operator's, for vLLM's engine.
         dtype: of the weights.
         batch_tokens: tokens in one pass; by default what vLLM takes.
-        keeps_prompts: whether keys of prompts are kept for later passes.
+        caches_prompts: whether vLLM's prefix cache is on.
 
     Raises:
         ModelError: vLLM cannot load it, or its attention rows are not those of its layers.
@@ -56,26 +56,27 @@ class VllmEngine:
 
     def __init__(
         self,
-        model: Served,
+        model: ServedModel,
         arguments: dict[str, Any],
         dtype: Dtype = "auto",
         batch_tokens: int | None = None,
         *,
-        keeps_prompts: bool = True,
+        caches_prompts: bool = True,
     ) -> None:
         self._thread = LoopThread()
         self.death: Future[EngineDied] = Future()
-        self._numbers = itertools.count()
+        self._request_ids = itertools.count()
         try:
-            given = engine_arguments(model, arguments, dtype, batch_tokens, keeps_prompts=keeps_prompts)
-            self._llm: Any = self._thread.run(_started(given))
+            all_arguments = engine_arguments(model, arguments, dtype, batch_tokens, caches_prompts=caches_prompts)
+            self._llm: Any = self._thread.run(_started(all_arguments))
         except Exception:  # whatever it is, the thread must not stay
             self._thread.close()
             raise
         try:
-            self._rows, missing = _rows(self._thread.run(self._llm.collective_rpc("densereward_watch")))
-            self.facts = _facts(model, self._llm, missing)
-            self._thread.run(check_engine(self, self._rows))
+            hooked = self._thread.run(self._llm.collective_rpc("densereward_install_hooks"))
+            self._row_layers, missing = layers_with_rows(hooked)
+            self.facts = facts_of(model, self._llm, missing)
+            self._thread.run(check_engine(self, self._row_layers))
         except Exception:  # whatever it is, vLLM's processes must not stay
             self.close()
             raise
@@ -104,24 +105,28 @@ class VllmEngine:
             dtype: of the weights.
             longest: tokens in the longest sequence to read.
             batch_tokens: tokens in one pass.
-            prompt_cache: 0 runs every prompt anew; otherwise vLLM keeps as many as it has room for.
+            prompt_cache: 0 turns vLLM's prefix cache off; otherwise it holds as many prompts as vLLM has room for.
 
         Raises:
-            ModelError: no vLLM, one that is not known here, or a model that it cannot be given.
+            ModelError: vLLM is not installed or of an unknown version, or it cannot be given the model.
         """
         check_installed(device)
         return cls(
-            served(source, revision, longest), arguments or {}, dtype, batch_tokens, keeps_prompts=prompt_cache > 0
+            served_model(source, revision, longest),
+            arguments or {},
+            dtype,
+            batch_tokens,
+            caches_prompts=prompt_cache > 0,
         )
 
     @property
     def provides(self) -> frozenset[Need]:
-        """Scores of open prefixes, and the scored rows of the layers that have them."""
-        layers = [number for layer in self._rows for number in (layer, layer - self.facts.layers)]
+        """Scores of open prefixes, and the rows of the layers whose rows can be captured."""
+        layers = [number for layer in self._row_layers for number in (layer, layer - self.facts.layers)]
         return frozenset([PrefixScores("open"), Variants(), *(AttentionRow(layer) for layer in layers)])
 
     def submit(self, sequence: ScoringInput) -> Future[Captured]:
-        """Hand over a sequence; cancelling what comes back takes it out of vLLM again.
+        """Hand over a sequence; cancelling its future takes it out of vLLM.
 
         The future fails with `EngineFailure` where this sequence cannot be scored, with `EngineDied` where none can.
         """
@@ -134,15 +139,15 @@ class VllmEngine:
             EngineFailure: a sequence could not be scored.
             EngineDied: none can.
         """
-        waiting = [self.submit(each) for each in batch]
+        futures = [self.submit(each) for each in batch]
         try:
-            return [each.result() for each in waiting]
+            return [each.result() for each in futures]
         finally:
-            for each in waiting:
+            for each in futures:
                 each.cancel()
 
     def reference(self, sequence: ScoringInput) -> Captured:  # noqa: ARG002
-        """There is none in vLLM.
+        """VLLM has no second way to compute.
 
         Raises:
             EngineFailure: always.
@@ -150,7 +155,7 @@ class VllmEngine:
         raise EngineFailure("vLLM has one way to compute; `densereward check --engine vllm` compares with torch's")
 
     def exactly(self, batch: Sequence[ScoringInput]) -> list[Captured]:  # noqa: ARG002
-        """There is no other arithmetic in vLLM.
+        """VLLM computes in one dtype.
 
         Raises:
             EngineFailure: always.
@@ -158,7 +163,7 @@ class VllmEngine:
         raise EngineFailure("vLLM computes in one dtype; `densereward check --engine vllm` compares with torch's")
 
     def metrics(self) -> bytes:
-        """VLLM's own, as Prometheus reads them."""
+        """VLLM's own metrics, as Prometheus reads them."""
         from prometheus_client import generate_latest
         from vllm.v1.metrics.prometheus import get_prometheus_registry
 
@@ -176,12 +181,12 @@ class VllmEngine:
         llm, self._llm = self._llm, None
         if llm is None:
             return
-        with contextlib.suppress(Exception):  # what is dead already cannot be shut down
+        with contextlib.suppress(Exception):  # a process that has ended cannot be shut down
             self._thread.run(_shut_down(llm))
         self._thread.close()
 
     async def _watch(self) -> None:
-        """Tell whoever asks when the processes have ended, also while nothing runs."""
+        """Set `death` when the processes have ended, also while nothing runs."""
         llm = self._llm
         while not llm.errored:  # noqa: ASYNC110  # vLLM has no event for it
             await asyncio.sleep(_WATCH)
@@ -190,28 +195,31 @@ class VllmEngine:
 
     async def scored(self, sequence: ScoringInput) -> Captured:
         """`submit`, in the engine's own loop."""
-        wanted = sorted({need.layer % self.facts.layers for need in sequence.needs if isinstance(need, AttentionRow)})
-        everywhere = bool(wanted) or PrefixScores("open") in sequence.needs
+        needed = sorted({need.layer % self.facts.layers for need in sequence.needs if isinstance(need, AttentionRow)})
+        everywhere = bool(needed) or PrefixScores("open") in sequence.needs
         rows: dict[int, Float32[np.ndarray, " S"]] = {}
-        for layers in _few(wanted) or [()]:
-            given = await self._pooled(sequence, Asked(layers), everywhere=everywhere)
-            rows |= dict(zip(layers, given[:, 1:].T, strict=True))
-        return _captured(sequence, given[:, 0], rows, self.facts.layers)
+        for layers in _groups(needed) or [()]:
+            numbers = await self._pooled(sequence, RowRequest(layers), everywhere=everywhere)
+            rows |= dict(zip(layers, numbers[:, 1:].T, strict=True))
+        scores = numbers[:, 0]
+        return from_positions(sequence, float(scores[-1]), scores, lambda layer: rows[layer % self.facts.layers])
 
     async def row_errors(self, sequence: ScoringInput, layers: Sequence[int]) -> dict[int, float]:
-        """How far each layer's row is from giving what its kernel computed; see `vllm_worker`.
+        """How far each layer's row is from giving what its kernel computed; see `attention_rows.row_error`.
 
         Raises:
             EngineFailure: there is no row.
         """
         errors: dict[int, float] = {}
-        for few in _few(layers):
-            given = await self._pooled(sequence, Asked(few, checks=True), everywhere=True)
-            errors |= dict(zip(few, given[0, 1 + len(few) :].tolist(), strict=True))
+        for group in _groups(layers):
+            numbers = await self._pooled(sequence, RowRequest(group, checks=True), everywhere=True)
+            errors |= dict(zip(group, numbers[0, 1 + len(group) :].tolist(), strict=True))
         return errors
 
-    async def _pooled(self, sequence: ScoringInput, asked: Asked, *, everywhere: bool) -> Float32[np.ndarray, "_ _"]:
-        """What vLLM gives: of all positions, or of the last one alone."""
+    async def _pooled(
+        self, sequence: ScoringInput, rows: RowRequest, *, everywhere: bool
+    ) -> Float32[np.ndarray, "_ _"]:
+        """Scores and rows from vLLM: of all positions, or of the last one alone."""
         from vllm import PoolingParams
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -221,11 +229,11 @@ class VllmEngine:
         ids = list(sequence.token_ids[: sequence.scored_position + 1])
         self._check_ids(ids)
         parameters = PoolingParams(
-            task="token_classify" if everywhere else "classify", use_activation=False, extra_kwargs=asked.written
+            task="token_classify" if everywhere else "classify", use_activation=False, extra_kwargs=rows.extra_kwargs
         )
         try:
-            given = self._llm.encode(tokens_input(ids), parameters, str(next(self._numbers)))
-            data: torch.Tensor = [each.outputs.data async for each in given][-1].float()
+            outputs = self._llm.encode(tokens_input(ids), parameters, str(next(self._request_ids)))
+            data: torch.Tensor = [each.outputs.data async for each in outputs][-1].float()
         except EngineDeadError as error:
             raise EngineDied(_DIED, retry_after=30.0) from error
         except Exception as error:  # whatever vLLM raises is about this sequence, or about its end
@@ -233,13 +241,13 @@ class VllmEngine:
                 raise EngineDied(_DIED, retry_after=30.0) from error
             raise EngineFailure(f"vLLM failed: {type(error).__name__}: {error.__cause__ or error}") from error
         numbers = data if everywhere else data.reshape(1, -1)
-        expected = (len(ids) if everywhere else 1, 1 + len(asked.layers) * (2 if asked.checks else 1))
+        expected = (len(ids) if everywhere else 1, 1 + len(rows.layers) * (2 if rows.checks else 1))
         if tuple(numbers.shape) != expected:
             raise EngineFailure(f"vLLM gave {tuple(numbers.shape)} numbers where {expected} were asked for")
         return numbers.numpy()
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        """An id that the model has no row for would end vLLM's process, and with it everybody's requests.
+        """Refuse what would end vLLM's process, and all requests with it: an id that the model has no embedding for.
 
         Raises:
             EngineFailure: there is one, or none at all, or too many.
@@ -250,23 +258,9 @@ class VllmEngine:
             raise EngineFailure(f"token ids must be below {self.facts.vocabulary_size}")
 
 
-def _few(layers: Sequence[int]) -> list[tuple[int, ...]]:
-    """Layers whose rows are taken together: the keys of each are kept until a sequence is whole."""
-    return [tuple(layers[i : i + _TOGETHER]) for i in range(0, len(layers), _TOGETHER)]
-
-
-def _captured(sequence: ScoringInput, scores: Float32[np.ndarray, " _"], rows: dict[int, Any], layers: int) -> Captured:
-    start, stop = sequence.prompt_length, sequence.response_stop
-    prefixes: dict[PrefixMode, Prefixes] = {}
-    if PrefixScores("open") in sequence.needs:
-        prefixes["open"] = Prefixes(float(scores[start - 1]) if start else None, scores[start:stop])
-    wanted = [need.layer for need in sequence.needs if isinstance(need, AttentionRow)]
-    return Captured(
-        reward=float(scores[-1]),
-        length=sequence.response_length,
-        prefixes=prefixes,
-        attention_rows={layer: rows[layer % layers][start:stop] for layer in wanted},
-    )
+def _groups(layers: Sequence[int]) -> list[tuple[int, ...]]:
+    """The layers of each request to vLLM."""
+    return [tuple(layers[i : i + _LAYERS_PER_REQUEST]) for i in range(0, len(layers), _LAYERS_PER_REQUEST)]
 
 
 async def _started(arguments: Any) -> Any:
@@ -280,32 +274,3 @@ async def _started(arguments: Any) -> Any:
 
 async def _shut_down(llm: Any) -> None:
     llm.shutdown()
-
-
-def _rows(watched: Sequence[dict[str, Any]]) -> tuple[list[int], dict[int, str]]:
-    """Layers whose rows all workers can give, and why the others' cannot be had."""
-    layers = set.intersection(*(set(each["layers"]) for each in watched))
-    return sorted(layers), {layer: why for each in watched for layer, why in each["missing"].items()}
-
-
-def _facts(model: Served, llm: Any, missing: dict[int, str]) -> EngineFacts:
-    config = model.config.get_text_config()
-    described = ", ".join(f"{layer} ({why})" for layer, why in sorted(missing.items()))
-    return EngineFacts(
-        engine="vllm",
-        family=next(iter(model.config.architectures)),
-        head=model.head,
-        device=str(llm.vllm_config.device_config.device_type),
-        dtype=str(llm.model_config.dtype).removeprefix("torch."),
-        max_length=llm.model_config.max_model_len,
-        vocabulary_size=config.vocab_size,
-        layers=config.num_hidden_layers,
-        batch_tokens=llm.vllm_config.scheduler_config.max_num_batched_tokens,
-        pair_cost=0.0,
-        weights_fingerprint=model.fingerprint,
-        weights_bytes=model.size,
-        special_ids=special_ids(model.config),
-        notice=f"no attention rows can be had of layers {described}" if missing else None,
-        shares_prompts=False,
-        advice="--engine torch gives closed prefixes, contributions, received attention and gradients",
-    )

@@ -23,20 +23,20 @@ class LoopThread:
         self._thread.start()
 
     def _run(self) -> None:
-        # Processes inherit it: Ctrl-C goes to all of a terminal's, and is the server's to answer by draining.
+        # Ctrl-C reaches every process of a terminal. VLLM's inherit this mask, so only the server answers it.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         self._loop.run_forever()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start it there."""
+        """Start a coroutine in the loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Start it there and wait."""
+        """Start a coroutine in the loop, and wait for its result."""
         return self.submit(work).result()
 
     def close(self) -> None:
-        """Cancel what still runs, and end."""
+        """Cancel what still runs, and end the loop and its thread."""
 
         async def cancel_all() -> None:
             others = asyncio.all_tasks() - {asyncio.current_task()}

@@ -1,8 +1,8 @@
-"""What vLLM may be given, and how it is told: models that it reads as their family does, by versions known here.
+"""Which models vLLM is given, and with which arguments: models that it reads as their family does.
 
-vLLM loads much that it then reads in its own way: it squashes scores, takes a language model for a classifier, or
-leaves a normaliser out. Here the head is found as for the torch engine, from the config and the heads of the files, and
-only those pass that vLLM reads alike.
+vLLM loads many models that it then reads in its own way: it squashes scores, takes a language model for a classifier,
+or leaves a normaliser out. So the head is found as for the torch engine, from the config and the files' headers, and
+only models whose head vLLM reads alike are taken.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from densereward.heads.base import Checkpoint
 __all__ = [
     "OWN_ARGUMENTS",
     "VERSIONS",
-    "Served",
+    "ServedModel",
     "check_installed",
     "check_version",
     "engine_arguments",
     "refuse_arguments",
-    "served",
+    "served_model",
 ]
 
 VERSIONS = ("0.32", "0.33")
-"""Of vLLM; the hooks in `vllm_worker` are written for their insides. The first is the one the tests run."""
+"""Versions of vLLM whose internals the hooks in `engines.vllm.worker` are written for. The tests run the first."""
 
 OWN_ARGUMENTS = frozenset(
     {
@@ -73,23 +73,23 @@ OWN_ARGUMENTS = frozenset(
 _EXTENSION = "densereward.engines.vllm.worker.RowsExtension"
 
 _KEYS_ON_CPU = 2**30
-"""Bytes for keys and values where no GPU's memory is to be filled with them."""
+"""Bytes for keys and values on a CPU, where vLLM is not to fill the memory with them."""
 
 _TORCH = "serve it with --engine torch"
 
 _READ_ALIKE = frozenset({"bradley_terry"})
-"""Heads that vLLM reads as their families do: a linear layer `score`, for every position by itself."""
+"""Heads that vLLM reads as their families do: a linear layer `score`, at each position."""
 
 
 _READ_WINDOWS = frozenset({"mistral", "ministral", "mixtral", "phi3", "phimoe", "starcoder2"})
-"""Types of models whose layers all have a `sliding_window` that comes without `layer_types`, in transformers too."""
+"""Model types in which transformers, too, gives all layers the `sliding_window` of a config without `layer_types`."""
 
 _ONLY_VLLMS = ("method", "classifier_from_token")
-"""Of a config: with these, vLLM makes a head out of the language model's, whatever head there is."""
+"""Entries of a config with which vLLM makes a head out of the language model's, whatever head there is."""
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedModel:
     """A model that vLLM may be given.
 
     Attributes:
@@ -111,8 +111,8 @@ class Served:
     size: int
 
 
-def served(source: str, revision: str | None, longest: int | None) -> Served:
-    """Look at a model in a folder or on the hub.
+def served_model(source: str, revision: str | None, longest: int | None) -> ServedModel:
+    """Read what vLLM needs of a model in a folder or on the hub.
 
     Raises:
         ModelError: vLLM cannot be given it.
@@ -132,7 +132,7 @@ def served(source: str, revision: str | None, longest: int | None) -> Served:
         raise ModelError(f"{source} has no weight called score.weight; such a head would be random")
     _refuse_otherwise_read(source, config)
     files = [Path(each) for each in weight_files(source, revision)]
-    return Served(
+    return ServedModel(
         source=source,
         revision=revision,
         config=config,
@@ -171,7 +171,7 @@ def _fingerprint(files: Sequence[Path]) -> str:
 
 
 def check_version(version: str) -> None:
-    """Refuse a vLLM whose insides nobody has looked at.
+    """Refuse a version of vLLM that the hooks are not written for.
 
     Raises:
         ModelError: it is of another version.
@@ -185,7 +185,7 @@ def check_version(version: str) -> None:
 
 
 def refuse_arguments(given: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse arguments of vLLM's engine that it does not have, or that are not the operator's.
+    """Refuse arguments that vLLM's engine does not have, or that an operator may not set.
 
     Raises:
         ModelError: there is one.
@@ -200,12 +200,12 @@ def refuse_arguments(given: Sequence[str], known: Sequence[str]) -> None:
 
 
 def check_installed(device: str) -> None:
-    """Find out before anything is loaded.
+    """Refuse a missing or unknown vLLM before anything is loaded.
 
     Raises:
-        ModelError: no vLLM, one that is not known here, or one for another kind of device.
+        ModelError: vLLM is not installed, of an unknown version, or built for another kind of device.
     """
-    # Nothing is told to anybody about who serves what, and no process is forked from one with threads.
+    # No usage statistics are sent, and no process is forked from one with threads.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     try:
@@ -222,19 +222,19 @@ def check_installed(device: str) -> None:
 
 
 def engine_arguments(
-    model: Served, given: dict[str, Any], dtype: Dtype, batch_tokens: int | None, *, keeps_prompts: bool
+    model: ServedModel, given: dict[str, Any], dtype: Dtype, batch_tokens: int | None, *, caches_prompts: bool
 ) -> Any:
-    """What vLLM's engine is started with.
+    """The arguments that vLLM's engine is started with.
 
     Args:
         model: the model.
-        given: the operator's own arguments, which win over what suits the device.
+        given: the operator's arguments, which win over the device's defaults.
         dtype: of the weights; by default float32 on the CPU, else bfloat16.
         batch_tokens: tokens in one pass; by default what vLLM takes.
-        keeps_prompts: whether keys of prompts are kept for later passes.
+        caches_prompts: whether vLLM's prefix cache is on.
 
     Raises:
-        ModelError: an argument that vLLM's engine does not have, or that is not the operator's.
+        ModelError: an argument that vLLM's engine does not have, or that an operator may not set.
     """
     from vllm.config import PoolerConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -242,9 +242,9 @@ def engine_arguments(
 
     refuse_arguments(list(given), [each.name for each in fields(AsyncEngineArgs)])
     on_cpu = current_platform.device_type == "cpu"
-    # Where attention is part of a CUDA graph, nothing can be kept of it; between pieces of graphs it can.
-    suited: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": _KEYS_ON_CPU} if on_cpu else {}
-    suited = suited or {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+    # The hooks do not run inside a CUDA graph, so graphs are split at attention.
+    for_device: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": _KEYS_ON_CPU} if on_cpu else {}
+    for_device = for_device or {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
     chosen = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
     own: dict[str, Any] = {
         "model": model.source,
@@ -260,5 +260,5 @@ def engine_arguments(
         "trust_remote_code": False,
         "load_format": "safetensors",
     }
-    ours: dict[str, Any] = {"enable_prefix_caching": keeps_prompts, "enable_chunked_prefill": True}
-    return AsyncEngineArgs(**(suited | ours | given | own))
+    defaults: dict[str, Any] = {"enable_prefix_caching": caches_prompts, "enable_chunked_prefill": True}
+    return AsyncEngineArgs(**(for_device | defaults | given | own))

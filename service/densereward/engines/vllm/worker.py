@@ -1,22 +1,22 @@
-"""Inside vLLM's workers: what the scoring token attends to, given back beside the scores.
+"""Inside vLLM's workers: capture what the scoring token attends to, and return it beside the scores.
 
-vLLM's kernels never write attention weights down. So in the passes in which some request wants a layer's row, that
-layer's queries and keys are kept as they come to its kernel, rotated and normalised. The pooler, which runs behind the
-last layer of the same pass, is handed the requests in the order of their tokens: there the keys are cut up by request,
-and those of a prompt that runs in chunks are put by with its pooling state. With a request's last chunk its row is
-made, averaged over the heads of all tensor-parallel ranks, and appended to its scores as further columns.
+vLLM's kernels never write attention weights down. So in a pass in which a request asks for a layer's row, that layer's
+queries and keys are copied as they come to its kernel, rotated and normalised. The pooler runs after the last layer of
+the same pass and is handed the requests in the order of their tokens. There the keys are split by request. Those of a
+prompt that runs in chunks are kept with its pooling state. With a request's last chunk its row is computed, averaged
+over the heads of all tensor-parallel ranks, and appended to its scores as further columns.
 
     [S, 1] scores  ->  [S, 1 + A] scores, then a row for each of A layers
                    ->  [S, 1 + 2 A] for a request that checks: how far each row is from giving the layer's output
 
-Nothing is kept of requests that want no rows. A request that vLLM preempted starts again at its first token. Whatever
-goes wrong here costs a request its columns, which the engine misses, and never the process, which is everybody's.
+Nothing is copied for requests that ask for no rows. A request that vLLM preempted starts again at its first token. A
+failure here costs a request its columns, which the engine notices, and never the process, which all requests share.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,40 +24,19 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-__all__ = ["Asked", "Rows", "RowsExtension", "attended"]
+from densereward.engines.vllm.attention_rows import RowRequest, attention_weights, over_ranks, row_error
+from densereward.engines.vllm.layers import attention_layers
+
+__all__ = ["RowCapture", "RowsExtension"]
 
 logger = logging.getLogger("vllm.densereward")
 
-_KEPT = "densereward_keys"
-"""Under this name a request's pooling state holds what its earlier chunks left."""
+_CHUNKS = "densereward_keys"
+"""The attribute of a request's pooling state that holds its earlier chunks."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What a request wants, as it travels in its pooling parameters.
-
-    Attributes:
-        layers: of which rows are wanted, counted from 0.
-        checks: whether each row is to be compared with what the layer's kernel gave.
-    """
-
-    layers: tuple[int, ...] = ()
-    checks: bool = False
-
-    @property
-    def written(self) -> dict[str, Any] | None:
-        """As pooling parameters carry it; None where nothing is wanted."""
-        return {"densereward": [list(self.layers), self.checks]} if self.layers else None
-
-    @classmethod
-    def read(cls, parameters: Any) -> Asked:
-        """From pooling parameters, whoever made them."""
-        written = (getattr(parameters, "extra_kwargs", None) or {}).get("densereward")
-        return cls(tuple(written[0]), bool(written[1])) if written else cls()
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
+class _KernelCall:
     """What came to a layer's kernel in the running pass, and what it gave: all tokens of all requests."""
 
     query: Float[Tensor, "N H D"]
@@ -68,74 +47,74 @@ class _Pass:
 
 @dataclass(slots=True)
 class _Chunks:
-    """Keys, and values where they are checked, of one request in one layer, chunk after chunk."""
+    """Keys, and values where rows are checked, of one request in one layer, chunk after chunk."""
 
     keys: list[Float[Tensor, "_ K D"]] = field(default_factory=list)
     values: list[Float[Tensor, "_ K V"]] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
-        """From the sequence's first on."""
+        """Tokens so far, from the sequence's first."""
         return sum(map(len, self.keys))
 
 
 class RowsExtension:
     """Mixed into vLLM's worker (`worker_extension_cls`); called by `collective_rpc`."""
 
-    def densereward_watch(self) -> dict[str, Any]:
+    def densereward_install_hooks(self) -> dict[str, Any]:
         """Put the hooks in place.
 
         Returns:
-            `layers`: those whose rows can be had; `missing`: what keeps the others from it, by layer.
+            `layers`: those whose rows can be captured; `missing`: for the others, the reason why not.
         """
         from vllm.distributed import get_tp_group
 
         worker: Any = self
-        layers, missing = _attention_layers(worker.vllm_config)
-        rows = Rows(layers, get_tp_group())
+        layers, missing = attention_layers(worker.vllm_config)
+        capture = RowCapture(layers, get_tp_group())
         for index, layer in layers.items():
-            layer.impl.forward = rows.around_kernel(index, layer.impl.forward)
+            layer.impl.forward = capture.around_kernel(index, layer.impl.forward)
         pooler = worker.model_runner.get_model().pooler
-        pooler.forward = rows.around_pooler(pooler.forward)
-        worker.execute_model = rows.around_pass(worker.execute_model)
+        pooler.forward = capture.around_pooler(pooler.forward)
+        worker.execute_model = capture.around_pass(worker.execute_model)
         return {"layers": sorted(layers), "missing": missing}
 
 
-class Rows:
-    """Owns what is kept between the hooks.
+class RowCapture:
+    """The hooks, and what they keep between them.
 
     Args:
-        layers: vLLM's attention layers whose rows can be had.
+        layers: vLLM's attention layers whose rows can be captured.
         ranks: vLLM's group of tensor-parallel workers, each of which has a part of the heads.
     """
 
     def __init__(self, layers: dict[int, Any], ranks: Any) -> None:
         self._layers = layers
         self._ranks = ranks
-        self._asked: dict[str, Asked] = {}
-        self._watched: frozenset[int] = frozenset()
+        self._requests: dict[str, RowRequest] = {}
+        self._captured_layers: frozenset[int] = frozenset()
         self._checks = False
-        self._passes: dict[int, _Pass] = {}
+        self._calls: dict[int, _KernelCall] = {}
 
     def around_pass(self, execute: Callable[..., Any]) -> Callable[..., Any]:
-        """Before a pass: which layers anyone in it wants."""
+        """Before a pass: find the layers that its requests ask for."""
 
-        def run(scheduled: Any, *given: Any, **named: Any) -> Any:
-            for request in scheduled.scheduled_new_reqs:
-                if (asked := Asked.read(request.pooling_params)).layers:
-                    self._asked[request.req_id] = asked
+        def run(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            for new in scheduled.scheduled_new_reqs:
+                if (request := RowRequest.read(new.pooling_params)).layers:
+                    self._requests[new.req_id] = request
             for request_id in scheduled.finished_req_ids:
-                self._asked.pop(request_id, None)
-            wanted = [self._asked[each] for each in scheduled.num_scheduled_tokens if each in self._asked]
-            self._watched = frozenset(layer for asked in wanted for layer in asked.layers)
-            self._checks = any(asked.checks for asked in wanted)
-            self._passes.clear()
-            return execute(scheduled, *given, **named)
+                self._requests.pop(request_id, None)
+            running = [self._requests[each] for each in scheduled.num_scheduled_tokens if each in self._requests]
+            self._captured_layers = frozenset(layer for request in running for layer in request.layers)
+            self._checks = any(request.checks for request in running)
+            self._calls.clear()
+            return execute(scheduled, *args, **kwargs)
 
         return run
 
     def around_kernel(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """In a pass: keep what comes to a watched layer's kernel, before anything writes over it."""
+        """In a pass: copy what comes to the kernel of a captured layer, before the next layer writes over it."""
 
         def run(
             layer: Any,
@@ -145,11 +124,11 @@ class Rows:
             cache: Any,
             metadata: Any,
             output: Any,
-            *rest: Any,
-            **named: Any,
+            *args: Any,
+            **kwargs: Any,
         ) -> Any:
-            result = forward(layer, query, key, value, cache, metadata, output, *rest, **named)
-            if index in self._watched and metadata is not None:
+            result = forward(layer, query, key, value, cache, metadata, output, *args, **kwargs)
+            if index in self._captured_layers and metadata is not None:
                 self._copy(index, query, key, value, output)
             return result
 
@@ -158,116 +137,82 @@ class Rows:
     def _copy(self, index: int, query: Any, key: Any, value: Any, output: Any) -> None:
         try:
             checked = (value.clone(), output.clone()) if self._checks else (None, None)
-            self._passes[index] = _Pass(query.clone(), key.clone(), *checked)
+            self._calls[index] = _KernelCall(query.clone(), key.clone(), *checked)
         except Exception:  # most of all, no memory
-            logger.exception("attention of layer %d could not be kept", index)
+            logger.exception("attention of layer %d could not be copied", index)
 
     def around_pooler(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Behind a pass: cut up by request what was kept, and give whole requests their rows."""
+        """After a pass: split the copies by request, and give finished requests their rows."""
 
         def run(hidden_states: Any, pooling_metadata: Any) -> Any:
             cursor = pooling_metadata.pooling_cursor
-            wanted = [Asked.read(each) for each in pooling_metadata.pooling_params]
+            requests = [RowRequest.read(each) for each in pooling_metadata.pooling_params]
             if cursor is not None:
-                _start_again(pooling_metadata.pooling_states, _starts(cursor))
+                _drop_preempted(pooling_metadata.pooling_states, _starts(cursor))
             outputs = forward(hidden_states, pooling_metadata)
-            if cursor is None or not any(asked.layers for asked in wanted):
+            if cursor is None or not any(request.layers for request in requests):
                 return outputs
             try:
-                rows = self._rows(pooling_metadata, wanted)
+                rows = self._rows(pooling_metadata, requests)
             except Exception:  # most of all, no memory
-                logger.exception("attention rows could not be made")
+                logger.exception("attention rows could not be computed")
                 return outputs
             finally:
-                self._passes.clear()
+                self._calls.clear()
             return [_appended(each, rows.get(i)) for i, each in enumerate(outputs)]
 
         return run
 
-    def _rows(self, metadata: Any, wanted: Sequence[Asked]) -> dict[int, Float32[Tensor, "S _"]]:
-        """The further columns of each request that is whole, by its place in the pass."""
+    def _rows(self, metadata: Any, requests: Sequence[RowRequest]) -> dict[int, Float32[Tensor, "S _"]]:
+        """The further columns of each finished request, by its index in the pass."""
         cursor, stop = metadata.pooling_cursor, 0
         columns: dict[int, Float32[Tensor, "S _"]] = {}
         counts, finished = cursor.num_scheduled_tokens_cpu.tolist(), cursor.get_finished_mask()
-        places = zip(wanted, metadata.pooling_states, counts, _starts(cursor), strict=True)
-        for i, (asked, state, count, start) in enumerate(places):
+        parts = zip(requests, metadata.pooling_states, counts, _starts(cursor), strict=True)
+        for i, (request, state, count, start) in enumerate(parts):
             stop += count
-            if not asked.layers:
+            if not request.layers:
                 continue
-            kept = self._keep(state, asked, slice(stop - count, stop), start)
+            chunks = self._add_chunk(state, request, slice(stop - count, stop), start)
             if finished[i]:
-                if kept is not None:
-                    columns[i] = self._columns(asked, kept, stop - 1)
+                if chunks is not None:
+                    columns[i] = self._columns(request, chunks, stop - 1)
                 _forget(state)
-        return _over_ranks(columns, wanted, self._ranks)
+        return over_ranks(columns, requests, self._ranks)
 
-    def _keep(self, state: Any, asked: Asked, tokens: slice, start: int) -> dict[int, _Chunks] | None:
-        """This pass's part of a request, behind those of earlier ones; None if any of them was lost."""
-        kept: dict[int, _Chunks] = getattr(state, _KEPT, None) or {layer: _Chunks() for layer in asked.layers}
-        setattr(state, _KEPT, kept)
-        if not self._passes.keys() >= kept.keys() or any(chunks.tokens != start for chunks in kept.values()):
+    def _add_chunk(self, state: Any, request: RowRequest, tokens: slice, start: int) -> dict[int, _Chunks] | None:
+        """A request's chunks by layer, with that of this pass; None if any chunk was lost."""
+        by_layer: dict[int, _Chunks] = getattr(state, _CHUNKS, None) or {layer: _Chunks() for layer in request.layers}
+        setattr(state, _CHUNKS, by_layer)
+        if not self._calls.keys() >= by_layer.keys() or any(chunks.tokens != start for chunks in by_layer.values()):
             return None
-        for layer, chunks in kept.items():
-            seen = self._passes[layer]
-            chunks.keys.append(seen.key[tokens].clone())
-            if asked.checks and seen.value is not None:
-                chunks.values.append(seen.value[tokens].clone())
-        return kept
+        for layer, chunks in by_layer.items():
+            call = self._calls[layer]
+            chunks.keys.append(call.key[tokens].clone())
+            if request.checks and call.value is not None:
+                chunks.values.append(call.value[tokens].clone())
+        return by_layer
 
-    def _columns(self, asked: Asked, kept: dict[int, _Chunks], scored: int) -> Float32[Tensor, "S _"]:
+    def _columns(self, request: RowRequest, by_layer: dict[int, _Chunks], scored: int) -> Float32[Tensor, "S _"]:
         rows, errors = [], []
-        for layer in asked.layers:
-            chunks, seen = kept[layer], self._passes[layer]
-            weights = attended(self._layers[layer], seen.query[scored], torch.cat(chunks.keys))
+        for layer in request.layers:
+            chunks, call = by_layer[layer], self._calls[layer]
+            weights = attention_weights(self._layers[layer], call.query[scored], torch.cat(chunks.keys))
             rows.append(weights.mean(dim=(0, 1)))
-            if asked.checks and seen.output is not None:
-                error = _off(weights, torch.cat(chunks.values), seen.output[scored])
+            if request.checks and call.output is not None:
+                error = row_error(weights, torch.cat(chunks.values), call.output[scored])
                 errors.append(error.expand(len(rows[-1])))
         return torch.stack([*rows, *errors], dim=1)
 
 
-def attended(layer: Any, query: Float[Tensor, "H D"], keys: Float[Tensor, "S K D"]) -> Float32[Tensor, "K G S"]:
-    """The attention weights of a sequence's last token, for each of G query heads on each of K key heads.
-
-    Args:
-        layer: vLLM's attention layer, for its scale, window, soft cap and sinks.
-        query: of the last token.
-        keys: of all tokens up to and with it.
-    """
-    implementation, length = layer.impl, len(keys)
-    grouped = query.float().view(keys.shape[1], -1, query.shape[-1])
-    scores: Tensor = torch.einsum("kgd,skd->kgs", grouped, keys.float()) * implementation.scale
-    if cap := getattr(implementation, "logits_soft_cap", None):
-        scores = cap * torch.tanh(scores / cap)
-    if (window := layer.sliding_window) is not None and window < length:
-        scores[..., : length - window] = -torch.inf
-    sinks = getattr(implementation, "sinks", None)
-    if sinks is None:
-        return scores.softmax(dim=-1)
-    with_sink = torch.cat([sinks.float().view(*scores.shape[:2], 1), scores], dim=-1)
-    weights: Tensor = with_sink.softmax(dim=-1)[..., 1:]
-    return weights
-
-
-def _off(
-    weights: Float32[Tensor, "K G S"], values: Float[Tensor, "S K V"], output: Float[Tensor, "H V"]
-) -> Float32[Tensor, ""]:
-    """How far the weighted values of the worst head are from what the kernel gave, of what it added up."""
-    own, added = (
-        torch.einsum("kgs,skv->kgv", weights, each).flatten(0, 1) for each in (values.float(), values.float().abs())
-    )
-    off = (own - output.float().view(own.shape)).abs().amax(dim=-1)
-    return (off / added.amax(dim=-1).clamp_min(1e-6)).max()
-
-
 def _starts(cursor: Any) -> list[int]:
-    """Where in its sequence each request's part of the pass begins."""
+    """The position in its sequence at which each request's part of the pass begins."""
     starts: list[int] = (cursor.seq_lens_cpu - cursor.num_scheduled_tokens_cpu).tolist()
     return starts
 
 
-def _start_again(states: Sequence[Any], starts: Sequence[int]) -> None:
-    """A request that starts at its first token has no earlier chunks; those of before a preemption are dropped."""
+def _drop_preempted(states: Sequence[Any], starts: Sequence[int]) -> None:
+    """Drop the chunks of requests that start at their first token: they are from before a preemption."""
     for state, start in zip(states, starts, strict=True):
         if start == 0:
             state.clean()
@@ -275,64 +220,9 @@ def _start_again(states: Sequence[Any], starts: Sequence[int]) -> None:
 
 
 def _forget(state: Any) -> None:
-    if hasattr(state, _KEPT):
-        delattr(state, _KEPT)
+    if hasattr(state, _CHUNKS):
+        delattr(state, _CHUNKS)
 
 
 def _appended(scores: Tensor | None, columns: Tensor | None) -> Tensor | None:
     return scores if scores is None or columns is None else torch.cat([scores.float(), columns], dim=1)
-
-
-def _over_ranks(
-    columns: dict[int, Float32[Tensor, "S _"]], wanted: Sequence[Asked], ranks: Any
-) -> dict[int, Float32[Tensor, "S _"]]:
-    """Rows averaged and errors added up: every rank has its part of the heads, all as many, of the same requests."""
-    if ranks.world_size == 1 or not columns:
-        return columns
-    together = ranks.all_reduce(torch.cat([each.flatten() for each in columns.values()]))
-    parts = together.split([each.numel() for each in columns.values()])
-    summed = {i: part.view_as(each) for (i, each), part in zip(columns.items(), parts, strict=True)}
-    for i, each in summed.items():
-        each[:, : len(wanted[i].layers)] /= ranks.world_size
-    return summed
-
-
-def _attention_layers(config: Any) -> tuple[dict[int, Any], dict[int, str]]:
-    """The layers whose rows can be had, by their numbers, and why those of the others cannot."""
-    found: dict[int, Any] = {}
-    missing: dict[int, str] = {}
-    for index, layer in _numbered(config.compilation_config.static_forward_context):
-        if why := _why_not(layer):
-            missing[index] = why
-        elif index in found:
-            missing[index] = "it has several attentions"
-        else:
-            found[index] = layer
-    return {index: layer for index, layer in found.items() if index not in missing}, missing
-
-
-def _numbered(layers: dict[str, Any]) -> Iterator[tuple[int, Any]]:
-    """What mixes tokens, by the number in its name; experts and the like are registered beside it."""
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-
-    for name, layer in layers.items():
-        numbers = [int(part) for part in name.split(".") if part.isdigit()]
-        if len(numbers) == 1 and isinstance(layer, AttentionLayerBase):
-            yield numbers[0], layer
-
-
-def _why_not(layer: Any) -> str | None:
-    """What keeps a layer's row from being had; None where nothing does."""
-    from vllm.model_executor.layers.attention import Attention
-
-    if type(layer) is not Attention:
-        return f"its attention is {type(layer).__name__}"
-    if layer.attn_type != "decoder":
-        return f"its attention is that of an {layer.attn_type}"
-    if getattr(layer.impl, "alibi_slopes", None) is not None:
-        return "its attention has linear biases"
-    if layer.query_quant is not None:
-        return "its queries are quantised"
-    if layer.kv_sharing_target_layer_name is not None:
-        return "it shares the keys of another layer"
-    return None

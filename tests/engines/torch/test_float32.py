@@ -14,7 +14,7 @@ import tiny
 from densereward.capture import ScoringInput
 from densereward.engines.torch import attention
 from densereward.engines.torch.engine import TorchEngine
-from densereward.engines.torch.exact import in_float32_arithmetic
+from densereward.engines.torch.float32 import in_float32_arithmetic
 from densereward.engines.torch.language_model import LanguageModel
 
 IDS = np.random.default_rng(0).integers(3, 320, 40).tolist()
@@ -23,7 +23,7 @@ SEQUENCE = ScoringInput(IDS, 10, 30, 39)
 
 @pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, "mixtral", "phi", "gpt_neox"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_it_is_what_a_widened_copy_computes(architecture: str, dtype: torch.dtype) -> None:
+def test_float32_arithmetic_is_what_a_widened_copy_computes(architecture: str, dtype: torch.dtype) -> None:
     attention.register()
     narrow: Any = tiny.make_model(architecture, kind=AutoModelForSequenceClassification)
     narrow.to(dtype)
@@ -38,7 +38,7 @@ def test_it_is_what_a_widened_copy_computes(architecture: str, dtype: torch.dtyp
     assert {parameter.dtype for parameter in narrow.parameters()} == {dtype}
 
 
-def test_a_language_models_too() -> None:
+def test_the_same_for_a_language_model() -> None:
     attention.register()
     narrow: Any = tiny.make_model("llama", kind=AutoModelForCausalLM)
     narrow.to(torch.bfloat16)

@@ -10,17 +10,17 @@ from transformers import AutoModelForSequenceClassification
 
 import tiny
 from densereward.capture import ScoringInput
-from densereward.engines.torch.own_attention import OwnAttention, failures
+from densereward.engines.torch.transformers_pass import TransformersPass, failures
 from densereward.errors import EngineFailure
 
 
-def test_no_layers_weights_are_kept_whole(tmp_path: Path) -> None:
+def test_of_each_layers_weights_one_query_is_kept(tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(tiny.save_encoder(tmp_path, "bert"))
-    attention = OwnAttention(model, whole=True, fused=False)
+    attention = TransformersPass(model, reads_texts=True, fused=False)
     with torch.inference_mode():
         model.set_attn_implementation("eager")
-        given = attention.output([ScoringInput([3] * 100, 5, 94, 99)], rows=True).attentions
-    assert {tuple(each.shape) for each in given} == {(1, 4, 1, 100)}
+        weights = attention.run([ScoringInput([3] * 100, 5, 94, 99)], rows=True).attentions
+    assert {tuple(each.shape) for each in weights} == {(1, 4, 1, 100)}
 
 
 def test_what_torch_raises_is_an_engines_failure_with_a_code() -> None:

@@ -1,7 +1,7 @@
-"""A model of half precision computing in float32, so that what its dtype costs is known without a second copy of it.
+"""Run a half-precision model in float32 arithmetic, to see what its dtype costs, without a second copy of it.
 
-Each module's weights are widened while it runs and narrowed again behind it, which loses nothing; what goes from one
-module to the next stays float32. Beside the model that takes the memory of its largest module.
+Each module's weights are widened while it runs and narrowed again after it, which loses nothing. What goes from one
+module to the next stays float32. This takes the memory of the model's largest module, beside the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["all_in_float32", "in_float32_arithmetic"]
 
 @contextmanager
 def all_in_float32(model: nn.Module) -> Iterator[None]:
-    """The same for models whose modules use each other's weights: all of them are wide at once."""
+    """As `in_float32_arithmetic`, for models whose modules use each other's weights: all are widened at once."""
     swaps = [(_Widened(), module) for module in model.modules()]
     for swap, module in swaps:
         swap.widen(module, ())
@@ -48,21 +48,21 @@ def in_float32_arithmetic(model: nn.Module) -> Iterator[None]:
 
 
 class _Widened:
-    """One module's tensors as they were."""
+    """One module's own half-precision tensors, while it has wide ones in their place."""
 
     def __init__(self) -> None:
-        self._kept: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._originals: list[tuple[dict[str, Any], str, Tensor]] = []
 
     def widen(self, module: nn.Module, _given: Any) -> None:
-        self._kept = list(_narrow(module))
-        for owner, name, tensor in self._kept:
+        self._originals = list(_narrow(module))
+        for owner, name, tensor in self._originals:
             wide = tensor.detach().float()
             owner[name] = nn.Parameter(wide, requires_grad=False) if isinstance(tensor, nn.Parameter) else wide
 
     def narrow(self, _module: nn.Module, _given: Any, _output: Any) -> None:
-        for owner, name, tensor in self._kept:
+        for owner, name, tensor in self._originals:
             owner[name] = tensor
-        self._kept = []
+        self._originals = []
 
 
 def _narrow(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What is kept of a layer's attention beside its output: the scored tokens' rows, and what tokens received."""
+"""Where attention is captured: the scored tokens' rows, and what response tokens received, of each layer."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from densereward.capture import AttentionRow, Contributions
-from densereward.engines.torch.kernels import QUERY_BLOCK, Variant, explicit_weights, visible_keys
-from densereward.engines.torch.packing import Look, PackedBatch, Placed
+from densereward.engines.torch.kernels import QUERY_BLOCK, AttentionVariant, explicit_weights, visible_keys
+from densereward.engines.torch.packed_batch import PackedBatch, PlacedChunk, ScoredAttention
 
-__all__ = ["keep"]
+__all__ = ["capture_attention"]
 
 
-def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, variant: Variant) -> None:
-    """What is needed of this layer's attention."""
+def capture_attention(
+    layer: int, q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, variant: AttentionVariant
+) -> None:
+    """Put what the batch needs of this layer's attention into `packed`, beside the layer's output."""
     needs = {AttentionRow(layer), Contributions(layer), Contributions()} & packed.row_needs
     if needs:
         weights = scored_weights(q, k, packed, variant)
     if AttentionRow(layer) in needs:
         packed.rows[AttentionRow(layer)] = weights.mean(dim=1)
     if needs - {AttentionRow(layer)}:
-        packed.looks[layer] = Look(weights, v[:, packed.row_keys])
+        packed.scored_attention[layer] = ScoredAttention(weights, v[:, packed.row_keys])
     for index, placed in enumerate(packed.placed):
-        if (index, layer) in packed.sums:
-            packed.sums[index, layer] = received_attention(q, k, placed, packed.key_positions, variant)
+        if (index, layer) in packed.received:
+            packed.received[index, layer] = received_attention(q, k, placed, packed.key_positions, variant)
 
 
 def scored_weights(
-    query: Float[Tensor, "H N D"], key: Float[Tensor, "K L D"], packed: PackedBatch, variant: Variant
+    query: Float[Tensor, "H N D"], key: Float[Tensor, "K L D"], packed: PackedBatch, variant: AttentionVariant
 ) -> Float32[Tensor, "R H"]:
     """The attention of each sequence's scored token on `packed.row_keys` in every head, in float32.
 
@@ -55,22 +57,22 @@ def scored_weights(
 def received_attention(
     query: Float[Tensor, "H N D"],
     key: Float[Tensor, "K L D"],
-    placed: Placed,
+    placed: PlacedChunk,
     positions: Int64[Tensor, " L"],
-    variant: Variant,
+    variant: AttentionVariant,
 ) -> Float32[Tensor, " S"]:
-    """What the piece's queries in the response give to each of the sequence's keys so far, but themselves.
+    """The attention that the chunk's queries in the response give to each earlier key of the sequence.
 
-    Summed over the queries, averaged over heads, in float32; some queries at a time, so that it takes memory for
-    256 x S and not for S x S.
+    Summed over the queries, averaged over heads, in float32. Queries are taken in blocks, so that memory is
+    256 x S and not S x S.
     """
-    sequence = placed.piece.whole.sequence
-    keys = torch.tensor([*placed.shared, *placed.trunk], device=query.device)
+    sequence = placed.chunk.expanded.sequence
+    keys = torch.tensor([*placed.context, *placed.own], device=query.device)
     first, last = (
-        min(max(position - len(placed.shared), 0), len(placed.trunk))
+        min(max(position - len(placed.context), 0), len(placed.own))
         for position in (sequence.prompt_length, sequence.response_stop)
     )
-    response = placed.trunk[first:last]
+    response = placed.own[first:last]
     sums = torch.zeros(len(keys), device=query.device)
     for start in range(response.start, response.stop, QUERY_BLOCK):
         queries = slice(start, min(start + QUERY_BLOCK, response.stop))
