@@ -183,6 +183,7 @@ def _one() -> Iterator[Request]:
         yield _asked(GOOD | {"response": response}, methods=[method])
     yield _asked({"prompt": "", "response": "Yes", "finished": False}, methods=["occlusion"])
     yield _asked(IDS | {"response_token_ids": [20]}, methods=["future_attention"])  # served, with a warning
+    yield _asked({"prompt": "", "response": "Yes"}, methods=["red"])  # the same
     many = [GOOD | {"response": "word " * 120}] * 40
     yield _refused({"samples": many, "methods": [{"name": "shapley", "orders": 30}]})
     yield from _bodies()
