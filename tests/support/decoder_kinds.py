@@ -1,4 +1,4 @@
-"""Random classifiers of every decoder that transformers has and that is tried here."""
+"""Random classifiers of the transformers decoders that are tested here."""
 
 from __future__ import annotations
 
