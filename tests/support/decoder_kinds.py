@@ -1,4 +1,4 @@
-"""Random classifiers of every decoder that transformers has and that is tried here."""
+"""Random classifiers of the transformers decoders that are tested here."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ SERVED: dict[str, dict[str, Any]] = {
 }
 UNPACKED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({}, "did not run its attention in all the layers"),
-    "stablelm": ({}, "does not hand the packed batch to its attention"),
-    "nemotron": ({}, "does not hand the packed batch to its attention"),
+    "stablelm": ({}, "does not pass the packed batch to its attention"),
+    "nemotron": ({}, "does not pass the packed batch to its attention"),
     "jamba": ({}, "did not run its attention in all the layers"),
     "qwen3_next": ({}, "cannot be packed"),
 }

@@ -1,4 +1,4 @@
-"""What the trainers' scripts share: a small random policy with tokens of its own, and a notebook."""
+"""What the trainers' scripts share: a small random policy with its own tokenizer, and files to and from the test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENDING = 3.5  # added to the EOS's logit, so that about every tenth token is one
 
 
 def make_tokenizer(pad: str = "</s>") -> PreTrainedTokenizerFast:
-    """SentencePiece's way of spelling, which is not the reward model's; the EOS is the pad unless told otherwise."""
+    """A SentencePiece-style tokenizer, unlike the reward model's; by default its pad token is the EOS."""
     tokenizer = tiny.make_sentencepiece_style_tokenizer()
     tokenizer.pad_token = pad
     tokenizer.padding_side = "left"

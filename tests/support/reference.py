@@ -1,4 +1,4 @@
-"""Independent readings of a reward model, written the slow and obvious way."""
+"""Independent scores, rows and contributions of a reward model, computed the slow and obvious way."""
 
 from __future__ import annotations
 

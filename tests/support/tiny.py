@@ -128,14 +128,14 @@ def make_model(architecture: str, seed: int = 0, kind: Any = None, **changes: An
 
 
 def save(folder: Path, architecture: str = "llama", *, adds_bos: bool = False, **changes: Any) -> Path:
-    """A model folder like any other."""
+    """A reward model's folder: weights, config, tokenizer."""
     make_model(architecture, **changes).save_pretrained(folder)
     make_tokenizer(adds_bos=adds_bos).save_pretrained(folder)
     return folder
 
 
 def save_judge(folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
-    """A token classifier's folder; two labels unless it is told otherwise."""
+    """A token classifier's folder; by default with two labels."""
     make_model(architecture, seed, AutoModelForTokenClassification, **{"num_labels": 2} | changes).save_pretrained(
         folder
     )

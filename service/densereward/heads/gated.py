@@ -76,7 +76,7 @@ class GatedHead(DecoderHead):
         self._temperature = float(getattr(model.config, "gating_temperature", None) or 10.0)
         size = len(self._mixing)
         if self._mixing.shape != (size, size) or self._objectives.out_features % size:
-            raise ModelError(f"{self._objectives.out_features} outputs are not for {size} objectives")
+            raise ModelError(f"{self._objectives.out_features} outputs cannot be divided among {size} objectives")
 
     def parts(
         self,

@@ -50,7 +50,7 @@ class UrmHead(PositionHead):
         self._weights = [each for each in parts.weights.fc if isinstance(each, nn.Linear)]
         if self._attributes.out_features != 2 * self._weights[-1].out_features:
             raise ModelError(
-                f"{self._weights[-1].out_features} weights are not for the means and spreads of "
+                f"{self._weights[-1].out_features} weights do not fit the means and deviations of "
                 f"{self._attributes.out_features / 2:g} attributes"
             )
 

@@ -27,7 +27,7 @@ def test_an_attention_variant_that_is_not_computed_is_refused() -> None:
     module = torch.nn.Module()
     with pytest.raises(EngineFailure, match="position_bias"):
         packed_attention(module, heads, heads, heads, None, scaling=1.0, packed=packed, position_bias=torch.zeros(2))
-    with pytest.raises(EngineFailure, match="does not hand the packed batch"):
+    with pytest.raises(EngineFailure, match="does not pass the packed batch"):
         packed_attention(module, heads, heads, heads, None, scaling=1.0)
     module.is_causal = False  # type: ignore[assignment]
     with pytest.raises(EngineFailure, match="not plainly causal"):

@@ -81,7 +81,7 @@ def _windowed(folder: Path) -> Path:
     return folder
 
 
-def _looking_ahead(folder: Path) -> Path:
+def _not_causal(folder: Path) -> Path:
     return tiny.save(folder, is_causal=False)
 
 
@@ -102,7 +102,7 @@ def test_a_window_that_both_have_is_taken(tmp_path: Path) -> None:
         (_two_labels, "num_labels = 2"),
         (_without_head, r"no weight called score\.weight"),
         (_normalised, "the head openrlhf are not read by vLLM as by their family; serve it with --engine torch"),
-        (_looking_ahead, "its tokens look ahead"),
+        (_not_causal, "its tokens attend to later ones"),
         (_windowed, "transformers has none in llama; take it out"),
         (_made_of_a_language_model, "with `classifier_from_token` in its config"),
         (tiny.save_judge, "the head token_classifier"),

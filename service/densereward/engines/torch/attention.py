@@ -95,7 +95,7 @@ def packed_attention(
             attention), or does not pass the packed batch through.
     """
     if packed is None:
-        raise EngineFailure(f"{type(module).__name__} does not hand the packed batch to its attention")
+        raise EngineFailure(f"{type(module).__name__} does not pass the packed batch to its attention")
     if isinstance(packed, Replay):
         return packed.outputs[_layer(module)], None
     _refuse_unknown(module, attention_mask, others)

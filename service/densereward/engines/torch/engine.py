@@ -210,12 +210,12 @@ def _objectives(result: SequenceResult) -> Float32[np.ndarray, "K _"]:
 
 
 def _prefixes(sequence: ScoringInput, values: Float32[np.ndarray, " _"]) -> dict[PrefixMode, Prefixes]:
-    """The scores of open prefixes come first, then those of closed ones; each begin with s_0, if it has a token."""
+    """The scores of open prefixes come first, then those of closed ones; both begin with s_0, if it has a token."""
     prefixes: dict[PrefixMode, Prefixes] = {}
     length = sequence.response_length
     if PrefixScores("open") in sequence.needs:
-        open_reads, values = np.split(values, [length + min(sequence.prompt_length, 1)])
-        prefixes["open"] = _with_before(open_reads, length)
+        open_values, values = np.split(values, [length + min(sequence.prompt_length, 1)])
+        prefixes["open"] = _with_before(open_values, length)
     if PrefixScores("closed") in sequence.needs:
         prefixes["closed"] = _with_before(values, len(sequence.closed_prefixes) - 1, sequence.boundaries)
     return prefixes

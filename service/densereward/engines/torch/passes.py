@@ -127,11 +127,11 @@ class Passes:
             with torch.inference_mode(), self.failures():
                 output = self.backbone(input_ids=ids, use_cache=False, output_attentions=True)
         except (ValueError, TypeError) as error:
-            raise EngineFailure(f"transformers' eager attention cannot be had: {error}") from error
+            raise EngineFailure(f"the model does not run in transformers' eager attention: {error}") from error
         finally:
             model.set_attn_implementation(implementation)
         if not output.attentions or any(each is None for each in output.attentions):
-            raise EngineFailure("transformers' eager attention gives no rows")
+            raise EngineFailure("transformers' eager attention gives no attention weights")
         rows = torch.stack([each[0, :, sequence.scored_position].float().mean(dim=0) for each in output.attentions])
         return output.last_hidden_state[0], rows
 

@@ -97,7 +97,9 @@ class UnpackedEngine:
         self._attention = TransformersPass(model, reads_texts=self._reads_texts, fused=has_fused(model))
         try:
             if not self._reads_texts and not is_causal(self._scores_alone, TOLERANCE[self.facts.dtype]):
-                raise ModelError(f"{reason}, and its tokens look ahead, so that how it reads a dialogue is not known")
+                raise ModelError(
+                    f"{reason}, and its tokens attend to later ones, so that it is not known how it reads a dialogue"
+                )
             reads_once = head.pooling != "mean" and head.unit == "sequence"
             self._rows = reads_once and gives_rows(self._attention, facts.layers)
         except EngineFailure as failure:

@@ -45,7 +45,9 @@ async def check_engine(engine: Any, layers: Sequence[int]) -> None:
         raise ModelError(f"this vLLM does not give what it was asked for: {failure.message}") from failure
     limit = TOLERANCE[facts.dtype]
     if (moved := max(moves)) > limit:
-        raise ModelError(f"the score of a prefix moves by {moved:.2g} with what comes behind it: the model looks ahead")
+        raise ModelError(
+            f"the score of a prefix moves by {moved:.2g} with the tokens after it: they attend to later ones"
+        )
     limit *= _STRICTER if facts.dtype == "float32" else 1
     for layer in layers:
         if not (error := max(errors[layer] for errors in found)) <= limit:

@@ -46,7 +46,7 @@ def facts_of(model: ServedModel, llm: Any, missing: dict[int, str]) -> EngineFac
         weights_fingerprint=model.fingerprint,
         weights_bytes=model.size,
         special_ids=special_ids(model.config),
-        notice=f"no attention rows can be had of layers {described}" if missing else None,
+        notice=f"attention rows are not available in layers {described}" if missing else None,
         shares_prompts=False,
         advice="--engine torch gives closed prefixes, contributions, received attention and gradients",
     )

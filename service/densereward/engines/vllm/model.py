@@ -157,7 +157,9 @@ def _refuse_otherwise_read(source: str, config: Any) -> None:
             f"take it out if the model was trained without, or {_TORCH}"
         )
     if getattr(text, "is_causal", None) is False:
-        raise ModelError(f"{source}: its tokens look ahead (is_causal), so that a prefix has no score; {_TORCH}")
+        raise ModelError(
+            f"{source}: its tokens attend to later ones (is_causal), so that a prefix has no score; {_TORCH}"
+        )
     if found := [name for name in _ONLY_VLLMS if getattr(text, name, None) is not None]:
         raise ModelError(f"{source}: with `{found[0]}` in its config, vLLM makes a head of its own; {_TORCH}")
 
