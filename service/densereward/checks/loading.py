@@ -111,9 +111,16 @@ def _engine(settings: ModelSettings, source: str) -> Engine:
 
 
 def _load_engine(kind: Any, options: dict[str, Any], *arguments: str) -> Engine:
-    """Load an engine with those of the options that it takes; settings refuse what an engine would ignore."""
-    taken = signature(kind.load).parameters
-    engine: Engine = kind.load(*arguments, **{name: value for name, value in options.items() if name in taken})
+    """Load an engine with those of the options that it takes by keyword.
+
+    Raises:
+        TypeError: it takes a keyword that is no option.
+    """
+    parameters = signature(kind.load).parameters.values()
+    taken = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    if unknown := sorted(set(taken) - options.keys()):
+        raise TypeError(f"{kind.__name__}.load takes {', '.join(unknown)}; the options are {', '.join(options)}")
+    engine: Engine = kind.load(*arguments, **{name: options[name] for name in taken})
     return engine
 
 

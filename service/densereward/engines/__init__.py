@@ -22,7 +22,7 @@ ENGINES = Table(
         "vllm": "densereward.engines.vllm.engine:VllmEngine",
     },
 )
-"""What `--engine` names. `load(source, ...)` takes by keyword those of the settings that the engine uses."""
+"""What `--engine` names. `load(source, ...)` takes by keyword those options of `checks.loading` that it uses."""
 
 INTERNAL_ENGINES = Table(
     "engine",
