@@ -1,4 +1,4 @@
-"""`densereward` in a fork of a process that has imported it: importing torch takes longer than most tests of a server."""
+"""`densereward` in a fork of a process that has imported it: to import torch takes seconds, and tests are short."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class Forked:
     """`densereward ARGUMENTS`, with what tests use of `subprocess.Popen`; its output is added to two files, or one."""
 
     def __init__(self, arguments: Sequence[str], environment: dict[str, str], out: Path, err: Path) -> None:
+        path = environment.get("PYTHONPATH")
+        assert path == os.environ.get("PYTHONPATH"), "a fork has imported the service already, from elsewhere"
         self._process = _FORKS.Process(target=_run, args=(list(arguments), environment, out, err))
         self._process.start()
         assert self._process.pid is not None

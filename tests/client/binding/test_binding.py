@@ -14,12 +14,11 @@ import families
 import tiny
 from densereward_client import AsyncClient, BoundClient, Client, InvalidAnswer
 from densereward_client.binding import Binding
-from densereward_client.tokens import TokenBytes, byte_alphabet
+from densereward_client.tokens import byte_alphabet
 from densereward_client.wire import ModelList
+from families import POLICIES, TOKENS
 from serving import Json, Server, serving
 
-POLICIES: dict[str, Any] = {family: families.load(family) for family in families.FAMILIES}
-POLICIES |= {"tiny": tiny.make_tokenizer(), "tiny sentencepiece": tiny.make_sentencepiece_style_tokenizer()}
 MESSAGES = [{"role": "user", "content": "How was it?"}]
 CLOSED = {"name": "red", "label": "closed", "prefix_mode": "closed"}
 METHODS: list[Any] = ["red", "abc", "uniform", "sparse", CLOSED]
@@ -50,9 +49,6 @@ def client(server: Server) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def models(client: Client) -> ModelList:
     return client.models()
-
-
-TOKENS = {policy: TokenBytes(tokenizer) for policy, tokenizer in POLICIES.items()}  # a second each for large ones
 
 
 def bindings(policy: str, models: ModelList) -> Binding:
