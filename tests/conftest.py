@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers.utils import logging
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # the latter for the processes that tests start
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -24,3 +25,16 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     return tiny.save(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def embedded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the embedded model, alone in a cache of this run's own; parallel workers build it once."""
+    from densereward.default_model import ensure_default_model
+
+    run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        run = run.parent  # of all workers
+    with (run / "embedded.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return ensure_default_model(run / "embedded")

@@ -66,7 +66,9 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(judge: Path, path_of: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("log") / "log", "--model", str(judge), PYTHONPATH=path_of) as running:
+    with serving(
+        tmp_path_factory.mktemp("log") / "log", "--model", str(judge), fresh=True, PYTHONPATH=path_of
+    ) as running:
         yield running
 
 
@@ -129,7 +131,7 @@ def test_the_head_reads_the_familys_checkpoint(server: Server) -> None:
 
 def test_the_engine_is_a_value_of_the_flag(judge: Path, path_of: str, tmp_path: Path) -> None:
     flags = ("--model", str(judge), "--engine", "id_mean")
-    with serving(tmp_path / "log", *flags, PYTHONPATH=path_of) as running:
+    with serving(tmp_path / "log", *flags, fresh=True, PYTHONPATH=path_of) as running:
         assert running.get("/v1/models").json()["data"][0]["engine"] == "id_mean"
         item = post(running, "/rewards", sample={"finished": False})
         assert item["reward"] == pytest.approx(7 / 320)

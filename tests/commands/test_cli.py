@@ -13,7 +13,7 @@ from serving import Run, command, environment
 
 
 def test_help_names_every_command() -> None:
-    ended = command("--help")
+    ended = command("--help", fresh=True)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.splitlines() == [
         "usage: densereward COMMAND [FLAGS]",

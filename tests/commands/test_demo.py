@@ -11,7 +11,8 @@ from serving import Run, command
 
 def test_the_demo_shows_every_token_on_a_ground_that_says_what_it_earned(tiny_llama: Path) -> None:
     colours = {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm-256color", "COLUMNS": "300"}
-    ended = command("demo", "--model", str(tiny_llama), **colours, DENSEREWARD_API_KEY="a-key-for-another-server")
+    colours["DENSEREWARD_API_KEY"] = "a-key-for-another-server"
+    ended = command("demo", "--model", str(tiny_llama), fresh=True, **colours)
     assert ended.returncode == 0, ended.stderr
     assert "WARNING" not in ended.stderr
     assert "not_ready" not in ended.stderr

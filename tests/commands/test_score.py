@@ -38,7 +38,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uncut(samples: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The answers of one process that was not disturbed."""
     output = tmp_path_factory.mktemp("answers") / "answers.jsonl"
-    ended = command("score", str(samples), "-o", str(output), "--model", str(tiny_llama))
+    ended = command("score", str(samples), "-o", str(output), "--model", str(tiny_llama), fresh=True)
     assert ended.returncode == 0, ended.stderr
     assert "300/300" in ended.stdout
     assert "Traceback" not in ended.stderr

@@ -12,16 +12,10 @@ from densereward.default_model import DefaultModelError, build, ensure_default_m
 from densereward.default_model.batches import EMPTY_TURN, render
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder of this module's own."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def folder(cache: Path) -> Path:
-    """The real embedded model, built there."""
-    return ensure_default_model(cache)
+@pytest.fixture
+def folder(embedded_model: Path) -> Path:
+    """The real embedded model."""
+    return embedded_model
 
 
 def test_the_folder_is_an_ordinary_classifier(folder: Path) -> None:
@@ -57,10 +51,10 @@ def test_stock_pooling_reads_the_closing_token_and_kind_beats_unkind(folder: Pat
     assert alone[0] > alone[1] + 1
 
 
-def test_a_second_call_needs_no_base(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_needs_no_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "BASE_PACKAGE", "not_an_installed_package")
-    assert ensure_default_model(cache) == folder
-    assert [path.name for path in cache.iterdir()] == [folder.name]
+    assert ensure_default_model(folder.parent) == folder
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_missing_base_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import pytest
 import reference
 from densereward.capture import AttentionRow, Need, PrefixScores
 from densereward.checks.loading import load
-from densereward.default_model import ensure_default_model
 from densereward.evaluation.scoring import Scorer
 from densereward.settings import ModelSettings
 from densereward_client.wire import Sample
@@ -20,14 +19,9 @@ TEXTS = ["The food was great, but the music was awful.", "Ok", "Rain again: æ±ä
 NEEDS: frozenset[Need] = frozenset([PrefixScores("open"), PrefixScores("closed"), AttentionRow(-1), AttentionRow(0)])
 
 
-@pytest.fixture(scope="module")
-def folder() -> Path:
-    return ensure_default_model()
-
-
-def test_scores_prefixes_and_rows_equal_eager_attention(folder: Path) -> None:
-    engine, aligner = load(ModelSettings(model=str(folder), device="cpu"))
-    model: Any = reference.eager(folder)
+def test_scores_prefixes_and_rows_equal_eager_attention(embedded_model: Path) -> None:
+    engine, aligner = load(ModelSettings(model=str(embedded_model), device="cpu"))
+    model: Any = reference.eager(embedded_model)
     turn = [{"role": "user", "content": ""}]
     batch = [
         aligner.align(Sample.model_validate({"messages": turn, "response": text}), NEEDS).sequence for text in TEXTS
@@ -49,8 +43,8 @@ def test_scores_prefixes_and_rows_equal_eager_attention(folder: Path) -> None:
             )
 
 
-def test_it_likes_kindness_and_finds_the_word_that_is_not(folder: Path) -> None:
-    with Scorer(folder) as scorer:
+def test_it_likes_kindness_and_finds_the_word_that_is_not(embedded_model: Path) -> None:
+    with Scorer(embedded_model) as scorer:
         kind, unkind = scorer.answers(["I would be glad to help you.", "I hate this awful, stupid idea."])
         (mixed,) = scorer.texts([TEXTS[0]])
     assert kind > unkind

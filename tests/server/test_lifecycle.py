@@ -35,7 +35,7 @@ def young(slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     config = folder / "densereward.toml"
     config.write_text(f'model = "{slow_model}"\nmodel_name = "from the file"\nmax_batch_tokens = 1\n')
     variables = {"DENSEREWARD_CONFIG": str(config), "DENSEREWARD_API_KEY": "", "DENSEREWARD_MAX_BATCH_TOKENS": "3"}
-    server = Server(folder / "log", "--max-batch-tokens", "2000", **variables)
+    server = Server(folder / "log", "--max-batch-tokens", "2000", fresh=True, **variables)
     try:
         server.wait_until_listening()
         yield server
@@ -98,7 +98,7 @@ def _read_response(connection: socket.socket) -> str:
 
 
 def test_sigterm_while_the_model_loads_ends_the_server_before_it_is_ready(slow_model: Path, tmp_path: Path) -> None:
-    server = Server(tmp_path / "log", "--model", str(slow_model))
+    server = Server(tmp_path / "log", "--model", str(slow_model), fresh=True)
     try:
         server.wait_until_listening()
         until(lambda: server.get("/health").is_success, "the first answer")

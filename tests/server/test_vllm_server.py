@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def on_vllm(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags = ("--model", str(folder), "--model-name", "tiny", *ENGINE)
-    with serving(tmp_path_factory.mktemp("vllm") / "log", *flags) as running:
+    with serving(tmp_path_factory.mktemp("vllm") / "log", *flags, fresh=True) as running:
         yield running
         print(running.log[-3000:])
         running.terminate()
@@ -112,7 +112,10 @@ def test_a_caller_who_leaves_takes_the_work_along(on_vllm: Server, api: Api) -> 
 
 
 def test_a_process_that_is_killed_turns_the_server_red_and_ends_it(folder: Path, tmp_path: Path) -> None:
-    with serving(tmp_path / "log", "--model", str(folder), *ENGINE) as server, ThreadPoolExecutor(4) as pool:
+    with (
+        serving(tmp_path / "log", "--model", str(folder), *ENGINE, fresh=True) as server,
+        ThreadPoolExecutor(4) as pool,
+    ):
         sent = [
             pool.submit(httpx.post, server.url + "/rewards", json={"samples": LONG}, timeout=120, trust_env=False)
             for _ in range(4)

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import base64
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import processors
 from transformers import BertTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
+
+import tiny
+from densereward_client.tokens import TokenBytes
+
+Read = TypeVar("Read")
 
 LLAMA_2 = """
 {%- if messages[0]['role'] == 'system' -%}
@@ -120,6 +125,24 @@ TEMPLATES = {
 }
 
 
+class ReadOnce(Mapping[str, Read]):
+    """Names, which are known at once, and what each stands for, which is read when it is first asked for."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Read]) -> None:
+        self._names, self._read = list(names), cache(read)
+
+    def __getitem__(self, name: str) -> Read:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def load(family: str, template: str | None = None) -> Any:
     """A family's tokenizer with a template of its own; each file is read once."""
     tokenizer = copy.copy(_read(family))
@@ -219,3 +242,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "bert": _bert,
     "mon": _mon,
 }
+
+_TINY: dict[str, Callable[[], Any]] = {
+    "tiny": tiny.make_tokenizer,
+    "tiny sentencepiece": tiny.make_sentencepiece_style_tokenizer,
+}
+POLICIES = ReadOnce([*FAMILIES, *_TINY], lambda name: _TINY[name]() if name in _TINY else load(name))
+"""The families' tokenizers, and the tiny models'."""
+TOKENS = ReadOnce(POLICIES, lambda name: TokenBytes(POLICIES[name]))

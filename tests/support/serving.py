@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 import httpx
 
 from densereward_client.wire import ErrorBody, RewardsResponse, TokenRewardsResponse
+from forked import Forked
 
 Json = dict[str, Any]
 
@@ -39,16 +41,27 @@ def environment(**variables: str) -> dict[str, str]:
     return inherited | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables
 
 
-def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`densereward ARGUMENTS`, run to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "densereward", *arguments],
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+def command(*arguments: str, fresh: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`densereward ARGUMENTS`, run to its end; a fresh one has an interpreter of its own, as users start it."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = _start(arguments, environment(**variables), out, err, fresh=fresh)
+        try:
+            status = process.wait(PATIENCE)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(arguments, status, out.read_text(), err.read_text())
+
+
+def _start(
+    arguments: Sequence[str], variables: dict[str, str], out: Path, err: Path, *, fresh: bool
+) -> subprocess.Popen[bytes] | Forked:
+    if not fresh:
+        return Forked(arguments, variables, out, err)
+    with out.open("ab") as stdout, err.open("ab") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", "densereward", *arguments], env=variables, stdout=stdout, stderr=stderr
+        )
 
 
 @dataclass(frozen=True)
@@ -72,17 +85,12 @@ def until(holds: Callable[[], bool], what: str, seconds: float = 30.0, every: fl
 
 
 class Server:
-    """A running `densereward serve` whose log goes to a file."""
+    """A running `densereward serve` whose log goes to a file; a fresh one has an interpreter of its own."""
 
-    def __init__(self, log: Path, *flags: str, **variables: str) -> None:
+    def __init__(self, log: Path, *flags: str, fresh: bool = False, **variables: str) -> None:
         self._log = log
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "densereward", "serve", "--port", "0", *flags],
-                env=environment(**variables),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+        log.touch()
+        self.process = _start(["serve", "--port", "0", *flags], environment(**variables), log, log, fresh=fresh)
         self.url = ""
 
     @property
@@ -138,9 +146,9 @@ def children_named(name: str, parent: int) -> set[int]:
 
 
 @contextmanager
-def serving(log: Path, *flags: str, **variables: str) -> Iterator[Server]:
+def serving(log: Path, *flags: str, fresh: bool = False, **variables: str) -> Iterator[Server]:
     """A server that is ready; it is gone at the end."""
-    server = Server(log, *flags, **variables)
+    server = Server(log, *flags, fresh=fresh, **variables)
     try:
         server.wait_until_ready()
         yield server

@@ -23,7 +23,7 @@ from densereward_client.wire import Sample
 LOSSLESS = ["llama", "deepseek", "llama3"]
 REWRITING = ["qwen", "bert", "mon"]
 FAMILIES = [*LOSSLESS, *REWRITING]
-READERS = {family: Aligner(families.load(family), 4096, 200_000) for family in FAMILIES}
+READERS = families.ReadOnce(FAMILIES, lambda family: Aligner(families.load(family), 4096, 200_000))
 
 TEXTS = [
     "",

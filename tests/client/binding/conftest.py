@@ -7,17 +7,13 @@ from typing import Any
 
 import pytest
 
-import families
 import tiny
 from densereward_client import Client
 from densereward_client.binding import Binding
-from densereward_client.tokens import TokenBytes
 from densereward_client.wire import ModelList
+from families import TOKENS
 from serving import Server, serving
 
-POLICIES: dict[str, Any] = {family: families.load(family) for family in families.FAMILIES}
-POLICIES |= {"tiny": tiny.make_tokenizer(), "tiny sentencepiece": tiny.make_sentencepiece_style_tokenizer()}
-TOKENS = {policy: TokenBytes(tokenizer) for policy, tokenizer in POLICIES.items()}  # a second each for large ones
 MESSAGES = [{"role": "user", "content": "How was it?"}]
 LETTERS = ["The fox", " ", "\n", "\t", "ß", "é", "e\u0301", "京都", "😀", "👩‍👩‍👧", "\x07", "\u200b", "don't. "]
 

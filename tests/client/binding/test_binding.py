@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from densereward_client import AsyncClient, BoundClient, Client, InvalidAnswer
 from densereward_client.binding import Binding
 from densereward_client.wire import ModelList
+from families import POLICIES
 from serving import Json, Server
 
-from .conftest import LETTERS, MESSAGES, POLICIES, TOKENS, bindings, ids_of
+from .conftest import LETTERS, MESSAGES, bindings, ids_of
 
 CLOSED = {"name": "red", "label": "closed", "prefix_mode": "closed"}
 METHODS: list[Any] = ["red", "abc", "uniform", "sparse", CLOSED]

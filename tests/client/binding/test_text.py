@@ -10,9 +10,10 @@ import families
 from densereward_client import Client
 from densereward_client.tokens import byte_alphabet
 from densereward_client.wire import ModelList
+from families import POLICIES
 from serving import Json
 
-from .conftest import LETTERS, MESSAGES, POLICIES, bindings, ids_of
+from .conftest import LETTERS, MESSAGES, bindings, ids_of
 
 text = st.lists(st.sampled_from(LETTERS), min_size=1, max_size=8).map("".join)
 

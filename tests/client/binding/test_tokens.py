@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,14 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 
-import families
 import tiny
 from densereward.tokenization.vocabulary import Vocabulary
 from densereward_client.tokens import TokenBytes, byte_alphabet
-
-TOKENIZERS: dict[str, Any] = {family: families.load(family) for family in families.FAMILIES}
-TOKENIZERS |= {"tiny": tiny.make_tokenizer(), "tiny sentencepiece": tiny.make_sentencepiece_style_tokenizer()}
-TOKENS = {name: TokenBytes(tokenizer) for name, tokenizer in TOKENIZERS.items()}
+from families import POLICIES, TOKENS
 
 LETTERS = [
     "The fox",
@@ -40,11 +35,11 @@ LETTERS = [
 text = st.lists(st.sampled_from(LETTERS) | st.text(max_size=2), max_size=8).map("".join)
 
 
-@pytest.mark.parametrize("name", list(TOKENIZERS))
+@pytest.mark.parametrize("name", list(POLICIES))
 @settings(max_examples=60, deadline=None)
 @given(written=text.filter(lambda each: not {"▁", "\ufffd"} & {*each}))
 def test_tokens_write_what_their_tokenizer_decodes(name: str, written: str) -> None:
-    backend = TOKENIZERS[name].backend_tokenizer
+    backend = POLICIES[name].backend_tokenizer
     ids = backend.encode(written, add_special_tokens=False).ids
     if name == "bert" and 100 in ids:
         return  # a word it does not know
@@ -53,18 +48,18 @@ def test_tokens_write_what_their_tokenizer_decodes(name: str, written: str) -> N
     assert b"".join(pieces).decode() == backend.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("name", list(TOKENIZERS))
+@pytest.mark.parametrize("name", list(POLICIES))
 def test_special_tokens_write_nothing_and_do_not_begin_a_text(name: str) -> None:
-    backend, tokens = TOKENIZERS[name].backend_tokenizer, TOKENS[name]
+    backend, tokens = POLICIES[name].backend_tokenizer, TOKENS[name]
     ids = backend.encode("fox", add_special_tokens=False).ids
     special = min(tokens.special)
     assert b"".join(tokens.pieces([special, *ids, special])) == b"fox"
     assert tokens.pieces([special]) == [b""]
 
 
-@pytest.mark.parametrize("name", list(TOKENIZERS))
+@pytest.mark.parametrize("name", list(POLICIES))
 def test_a_servers_fingerprint_is_the_clients(name: str) -> None:
-    assert Vocabulary(TOKENIZERS[name]).fingerprint == TOKENS[name].fingerprint
+    assert Vocabulary(POLICIES[name]).fingerprint == TOKENS[name].fingerprint
 
 
 def test_fingerprints_tell_vocabularies_apart() -> None:
