@@ -77,7 +77,7 @@ def _compare(name: str, checkouts: tuple[Path, Path], scratch: Path, requests: i
     setup = SETUPS[name]
     flags, targets = setup.make(scratch)
     starts = [
-        partial(Server, scratch / f"{number}.log", *flags, **setup.variables, **_variables(checkout))
+        partial(Server, scratch / f"{number}.log", *flags, fresh=True, **setup.variables | _variables(checkout))
         for number, checkout in enumerate(checkouts)
     ]
     answered = _together(starts, _requests(name, targets, requests, seed)) if targets else _in_turn(starts)

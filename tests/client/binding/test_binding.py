@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from densereward_client import AsyncClient, BoundClient, Client, InvalidAnswer
 from densereward_client.binding import Binding
 from densereward_client.wire import ModelList
-from families import POLICIES
+from families import POLICIES, TOKENS
 from serving import Json, Server
 
 from .conftest import LETTERS, MESSAGES, bindings, ids_of
