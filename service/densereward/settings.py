@@ -80,6 +80,11 @@ class ModelSettings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of the weights; auto is bfloat16 on a GPU, float32 on the CPU. The head is float32."
     )
+    residual_dtype: Literal["float32", "weights"] = Field(
+        "float32",
+        description="Of the residual stream of a packed half-precision model: float32 takes most of the rounding noise "
+        "out of token rewards; weights rounds it at every addition, as transformers does.",
+    )
     ensemble: Annotated[list[str], NoDecode] = Field(
         [],
         description="NAME=MODEL+MODEL:HOW, by which requests may name several models; HOW is mean, min or uncertainty.",
@@ -191,6 +196,7 @@ class ModelSettings(BaseSettings):
         if self.engine == "torch" and self.engine_arguments:
             raise ValueError("engine_arguments are vLLM's; give --engine vllm with them")
         unused = {"head": self.head, "step_separator": self.step_separator, "allow pickle": "pickle" in self.allow}
+        unused["residual_dtype"] = self.residual_dtype != "float32"
         if self.engine == "vllm" and (given := [name for name, value in unused.items() if value]):
             raise ValueError(f"{', '.join(given)}: not with --engine vllm; such models are served by --engine torch")
         if self.engine == "vllm" and len(self.model) > 1:

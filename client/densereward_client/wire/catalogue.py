@@ -50,6 +50,9 @@ class ModelCard(AnswerModel):
     head: str
     engine: str
     dtype: str
+    residual_dtype: str | None = Field(
+        None, description="Of the residual stream: float32, or that of the weights. Null: the engine does not say."
+    )
     max_length: int
     closing_token_ids: list[int]
     closing_text: str | None = Field(

@@ -103,6 +103,7 @@ def _engine(settings: ModelSettings, source: str) -> Engine:
         "head": settings.head,
         "pickled": "pickle" in settings.allow,
         "arguments": settings.engine_arguments,
+        "residual_dtype": settings.residual_dtype,
     }
     try:
         return _load_engine(ENGINES[settings.engine], options, source)
@@ -165,6 +166,7 @@ def _load_pair(settings: ModelSettings) -> tuple[Engine, Aligner]:
             batch_tokens=settings.max_batch_tokens,
             prompt_cache=settings.prompt_cache_bytes // len(sources),
             pickled="pickle" in settings.allow,
+            residual_dtype=settings.residual_dtype,
         )
         _examine(engine, _aligner(tokenizer, engine), settings, source)
         engines.append(engine)

@@ -27,6 +27,7 @@ class EngineFacts:
         head: the score head's name.
         device: where it runs.
         dtype: of the weights; the score head is float32.
+        residual_dtype: of the residual stream; None where the engine does not say.
         max_length: tokens in the longest sequence it reads, closing tokens included.
         vocabulary_size: token ids are below it.
         layers: attention layers, counted from 0.
@@ -60,6 +61,7 @@ class EngineFacts:
     pair_cost: float
     weights_fingerprint: str
     weights_bytes: int = 0
+    residual_dtype: str | None = None
     unit: Literal["sequence", "token", "step"] = "sequence"
     steps: Steps | None = None
     gate: str | None = None

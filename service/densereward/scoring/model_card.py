@@ -23,6 +23,7 @@ def card_of(name: str, engine: Engine, aligner: Aligner) -> ModelCard:
         head=facts.head,
         engine=facts.engine,
         dtype=facts.dtype,
+        residual_dtype=facts.residual_dtype,
         max_length=aligner.max_length,
         closing_token_ids=aligner.closing_ids,
         closing_text=aligner.closing_text,
@@ -39,7 +40,16 @@ def card_of(name: str, engine: Engine, aligner: Aligner) -> ModelCard:
 
 def fingerprint_of(card: ModelCard, engine: Engine, aligner: Aligner) -> str:
     """Changes with the model, with how it reads text, and with the version of this package."""
-    model = (engine.facts.weights_fingerprint, card.dtype, card.engine, card.head, __version__)
-    written = (engine.facts.unit, engine.facts.steps, *aligner.frame)
-    identity = (*model, *written, card.tokenizer_fingerprint, card.template_fingerprint, card.closing_token_ids)
+    facts = engine.facts
+    model = (facts.weights_fingerprint, card.dtype, card.engine, card.head, __version__)
+    written = (facts.unit, facts.steps, *aligner.frame)
+    widened = [facts.residual_dtype] if facts.residual_dtype not in (None, facts.dtype) else []
+    identity = (
+        *model,
+        *widened,
+        *written,
+        card.tokenizer_fingerprint,
+        card.template_fingerprint,
+        card.closing_token_ids,
+    )
     return f"fp-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"

@@ -174,6 +174,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, variant: Attent
     end = sum(lengths)
     total = attend_segments(q[:, :end], k[:, :end], v[:, :end], lengths, lengths, scaling, causal=True) if end else None
     if total is not None and any(after for _, after in packed.groups):
+        total = total.in_float32()
         contexts, afters = zip(*((context, after) for context, after in packed.groups if after), strict=True)
         ks, vs = (torch.cat([each[:, _slice(places)] for places in contexts], 1) for each in (k, v))
         counts = [len(each) for each in afters], [len(each) for each in contexts]
@@ -181,7 +182,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, variant: Attent
         merge(total.at(queries), attend_segments(q[:, queries], ks, vs, *counts, scaling, causal=False))
     finished = None if total is None else apply_sinks(total, variant.sinks)
     if finished is not None and not packed.blocks:
-        return finished
+        return finished.to(q.dtype)
     output = q.new_empty(*q.shape[:2], v.shape[-1])
     if finished is not None:
         output[:, :end] = finished
@@ -231,7 +232,7 @@ def _blocks_on_themselves(
     ks, vs = (each[:, places].unflatten(1, (-1, size))[:, None].float() for each in (k, v))  # [K, 1, B, size, D]
     later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     logits = (qs @ ks.transpose(-1, -2) * scaling).masked_fill(later, -torch.inf)
-    output = (logits.softmax(dim=-1) @ vs).to(v.dtype)  # [K, G, B, size, E]
+    output = logits.softmax(dim=-1) @ vs  # [K, G, B, size, E]
     log_sum_exp = logits.logsumexp(dim=-1)
     return PartialAttention(output.transpose(2, 3).flatten(0, 2), log_sum_exp.transpose(2, 3).flatten(0, 2))
 

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -31,11 +32,11 @@ from densereward.capture import (
 from densereward.engines.captured import from_positions
 from densereward.engines.torch.chunks import expand
 from densereward.engines.torch.facts import facts_of, prepare, with_head
-from densereward.engines.torch.float32 import in_float32_arithmetic
 from densereward.engines.torch.gradients import gradients
 from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_scorer
 from densereward.engines.torch.packing import counted_from_0
 from densereward.engines.torch.passes import Passes, SequenceResult
+from densereward.engines.torch.residual import ResidualDtype
 from densereward.errors import EngineFailure
 from densereward.heads.base import DecoderHead
 from densereward.heads.bradley_terry import BradleyTerryHead
@@ -55,6 +56,7 @@ class TorchEngine:
         prompt_cache: bytes for the keys and values of prompts that come again; 0 caches none.
         separator: what ends each step, if the model is a token classifier that was trained on steps.
         head: that of its family; by default a sequence classifier's.
+        residual_dtype: float32, where the model allows it, or that of the weights.
 
     Raises:
         ModelError: the model cannot be read as a reward model.
@@ -69,6 +71,7 @@ class TorchEngine:
         prompt_cache: int = 0,
         separator: str | None = None,
         head: DecoderHead | None = None,
+        residual_dtype: ResidualDtype = "float32",
     ) -> None:
         self._model: Any = model
         prepare(model)
@@ -79,6 +82,8 @@ class TorchEngine:
         tokens, cache = (sys.maxsize, 0) if gated else (self.facts.batch_tokens, prompt_cache)
         self._passes = Passes(model, self._head, self.facts.layers, tokens, cache)
         self._passes.check_attention()
+        if residual_dtype == "float32":
+            self.facts = replace(self.facts, residual_dtype=self._passes.widen_residual())
         self._differentiated: frozenset[Need] = frozenset()
         if self.facts.unit != "sequence":
             return
@@ -111,6 +116,7 @@ class TorchEngine:
         separator: str | None = None,
         head: str | None = None,
         pickled: bool = False,
+        residual_dtype: ResidualDtype = "float32",
     ) -> TorchEngine:
         """Load from a folder or a hub id.
 
@@ -121,7 +127,8 @@ class TorchEngine:
         chosen = choose_device(device)
         model, score_head = load_scorer(source, revision, chosen, choose_dtype(dtype, chosen), head, pickled=pickled)
         # What packs is a decoder; others are refused while they are loaded.
-        return cls(model, longest, batch_tokens, prompt_cache, separator, cast("DecoderHead", score_head))
+        decoder_head = cast("DecoderHead", score_head)
+        return cls(model, longest, batch_tokens, prompt_cache, separator, decoder_head, residual_dtype)
 
     @property
     def provides(self) -> frozenset[Need]:
@@ -190,7 +197,7 @@ class TorchEngine:
         Raises:
             EngineFailure: the model cannot be run so.
         """
-        with in_float32_arithmetic(self._model):
+        with self._passes.in_float32(self._model):
             return self.forward(batch)
 
     def close(self) -> None:

@@ -48,6 +48,7 @@ def facts_of(
         head=head,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
+        residual_dtype=str(model.dtype).removeprefix("torch."),
         max_length=max_length(model.config, longest),
         vocabulary_size=embedding.num_embeddings,
         layers=model.config.get_text_config().num_hidden_layers,

@@ -75,6 +75,10 @@ class PartialAttention:
     output: Float[Tensor, "H Q D"]
     log_sum_exp: Float32[Tensor, "H Q"]
 
+    def in_float32(self) -> PartialAttention:
+        """The same, to be merged with others without rounding in between."""
+        return PartialAttention(self.output.float(), self.log_sum_exp)
+
     def at(self, queries: slice) -> PartialAttention:
         """A view of some of the queries."""
         return PartialAttention(self.output[:, queries], self.log_sum_exp[:, queries])

@@ -28,9 +28,9 @@ from densereward.capture import (
 from densereward.engines.torch.attention import SingleSequence
 from densereward.engines.torch.chunks import ExpandedSequence
 from densereward.engines.torch.facts import facts_of, prepare
-from densereward.engines.torch.float32 import in_float32_arithmetic
 from densereward.engines.torch.loading import Dtype, choose_device, choose_dtype, load_language_model
 from densereward.engines.torch.passes import Passes
+from densereward.engines.torch.residual import ResidualDtype
 from densereward.errors import ModelError
 from densereward.heads.language_model import LanguageModelHead
 
@@ -54,6 +54,7 @@ class LanguageModel:
         longest: tokens in the longest sequence to read; by default what the config gives.
         batch_tokens: tokens in one pass, beyond which a sequence runs in chunks; by default what suits the device.
         prompt_cache: bytes for the keys and values of prompts that come again; 0 caches none.
+        residual_dtype: float32, where the model allows it, or that of the weights.
 
     Raises:
         ModelError: the model does something with its logits that is not known here.
@@ -65,6 +66,7 @@ class LanguageModel:
         longest: int | None = None,
         batch_tokens: int | None = None,
         prompt_cache: int = 0,
+        residual_dtype: ResidualDtype = "float32",
     ) -> None:
         prepare(model)
         self._model: Any = model
@@ -75,6 +77,8 @@ class LanguageModel:
         self._passes = Passes(model, self._head, self.facts.layers, self.facts.batch_tokens, prompt_cache)
         self._check_logits(model)
         self._passes.check_attention()
+        if residual_dtype == "float32":
+            self.facts = replace(self.facts, residual_dtype=self._passes.widen_residual())
 
     @classmethod
     def load(
@@ -87,6 +91,7 @@ class LanguageModel:
         batch_tokens: int | None = None,
         prompt_cache: int = 0,
         pickled: bool = False,
+        residual_dtype: ResidualDtype = "float32",
     ) -> LanguageModel:
         """Load from a folder or a hub id.
 
@@ -95,7 +100,7 @@ class LanguageModel:
         """
         chosen = choose_device(device)
         model = load_language_model(source, chosen, choose_dtype(dtype, chosen), pickled=pickled)
-        return cls(model, longest, batch_tokens, prompt_cache)
+        return cls(model, longest, batch_tokens, prompt_cache, residual_dtype)
 
     @property
     def provides(self) -> frozenset[Need]:
@@ -134,7 +139,7 @@ class LanguageModel:
         Raises:
             EngineFailure: the model cannot be run so.
         """
-        with in_float32_arithmetic(self._model):
+        with self._passes.in_float32(self._model):
             return self.forward(batch)
 
     def close(self) -> None:

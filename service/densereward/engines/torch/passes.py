@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from densereward.capture import AttentionRow, Need, Objectives, ScoringInput
+from densereward.engines.torch.attention import SingleSequence
 from densereward.engines.torch.chunks import Chunk, ExpandedSequence, chunks_of, expand
 from densereward.engines.torch.contributions import contributions
 from densereward.engines.torch.failures import as_engine_failures
+from densereward.engines.torch.float32 import in_float32_arithmetic
 from densereward.engines.torch.kv_cache import KVCache, Prompt, PromptCache
 from densereward.engines.torch.packed_batch import PackedBatch
 from densereward.engines.torch.packing import pack
+from densereward.engines.torch.residual import ResidualStream
 from densereward.errors import CannotPack, EngineFailure
 from densereward.heads.base import DecoderHead, PositionHead
 from densereward.heads.language_model import LanguageModelHead
@@ -95,6 +98,7 @@ class Passes:
         self._layers = layers
         self._batch_tokens = batch_tokens
         self._prompts = PromptCache(prompt_cache)
+        self._stream: ResidualStream | None = None
 
     def check_attention(self) -> None:
         """Refuse a model in which a packed sequence could read its neighbours: only our attention may mix tokens.
@@ -113,6 +117,25 @@ class Passes:
         kinds = getattr(config, "layer_types", None) or ()
         if strange := {kind for kind in kinds if kind.startswith("linear") or not kind.endswith("attention")}:
             raise CannotPack(f"{self._family} has layers of type {', '.join(sorted(strange))}, which cannot be packed")
+
+    def widen_residual(self) -> str:
+        """Keep the residual stream of a half-precision model in float32, if that can be done; the stream's dtype."""
+
+        def probe() -> Tensor:
+            ids = torch.arange(4, device=self._device)[None]
+            with torch.inference_mode(), self.failures():
+                output = self.backbone(input_ids=ids, position_ids=ids, use_cache=False, packed=SingleSequence())
+            hidden: Tensor = output.last_hidden_state
+            return hidden
+
+        self._stream = ResidualStream(self.backbone, probe)
+        return str(self._stream.dtype).removeprefix("torch.")
+
+    @contextmanager
+    def in_float32(self, model: nn.Module) -> Iterator[None]:
+        """All that runs within is computed in float32 arithmetic, on the weights as they are."""
+        with self._stream.off() if self._stream else nullcontext(), in_float32_arithmetic(model):
+            yield
 
     def reference(self, model: Any, sequence: ScoringInput) -> tuple[Float[Tensor, "S E"], Float32[Tensor, "A S"]]:
         """One sequence in transformers' own eager attention: hidden states, and each layer's row of the scored token.
