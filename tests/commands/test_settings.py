@@ -67,7 +67,7 @@ def test_every_knob_can_be_set_from_the_environment(
         "model": ["m"], "ensemble": [], "revision": "r", "model_name": "n", "pair": "policy=p",
         "engine": "torch", "engine_arguments": {},
         "head": "nemotron", "step_separator": "s", "allow": [], "chat_template": None, "device": "cpu",
-        "dtype": "float16", "max_length": 1,
+        "dtype": "float16", "residual_dtype": "weights", "max_length": 1,
         "max_batch_tokens": 2, "prompt_cache_bytes": 17, "max_queue_tokens": 3, "host": "h", "port": 4,
         "api_key": "k", "max_body_bytes": 5, "max_samples": 6, "request_timeout": 7.5,
         "drain_timeout": 8.5, "log_level": "error",

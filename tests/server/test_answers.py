@@ -97,6 +97,7 @@ def test_models_tells_what_is_served_and_how_it_reads_text(server: Server) -> No
         "head": "bradley_terry",
         "engine": "torch",
         "dtype": "float32",
+        "residual_dtype": "float32",
         "max_length": 2048,
         "closing_token_ids": [2, 201],
         "closing_text": "<|im_end|>",

@@ -86,7 +86,8 @@ def make_config(architecture: str, **changes: Any) -> Any:
     """A config of a few small layers; windows and caps are small enough to matter in a short test."""
     common = {"vocab_size": 320, "num_labels": 1, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
     if architecture == "gpt2":
-        return GPT2Config(n_embd=64, n_layer=3, n_head=4, n_positions=2048, **common | changes)
+        sizes = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 2048}
+        return GPT2Config(**sizes | common | changes)
     if architecture == "gpt_neox":
         sizes = {name: value for name, value in _SIZE.items() if name != "num_key_value_heads"}
         return GPTNeoXConfig(**sizes | common | changes)

@@ -88,7 +88,7 @@ class ResidualStream:
             hidden = probe()
         except (EngineFailure, RuntimeError, TypeError):  # whatever a model's code makes of a dtype it did not expect
             return False
-        if self._last is None or self._last[1] is not hidden:
+        if self._last is None or self._last[1].data_ptr() != hidden.data_ptr():
             self._last = None
             return hidden.dtype == torch.float32
         return True
