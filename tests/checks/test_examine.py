@@ -226,7 +226,7 @@ def test_a_sound_model_passes_every_look(tmp_path: Path, capsys: pytest.CaptureF
     assert {each["status"] for each in report["findings"]} == {"ok"}
     names = [each["name"] for each in report["findings"]]
     checks = ["weights", "vocabulary", "special_tokens", "template", "score_position", "numbers", "spread", "parity"]
-    assert names == [*checks, "dtype_drift", "speed", "memory"]
+    assert names == [*checks, "dtype_drift", "precision", "speed", "memory"]
     assert re.search(
         r"the weights take \d+ MiB, this process took at most [\d.]+ [MG]iB", report["findings"][-1]["text"]
     )

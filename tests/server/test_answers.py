@@ -105,6 +105,7 @@ def test_models_tells_what_is_served_and_how_it_reads_text(server: Server) -> No
         "step_cut": None,
         "step_separator": None,
         "notice": None,
+        "precision": None,
         "prefix_modes": ["open", "closed"],
         "methods": {name: {"available": True, "passes": passes[name], "reason": None} for name in served},
     }

@@ -22,7 +22,7 @@ from .answers import (
     Usage,
 )
 from .arrays import FloatArray, Spans, encode_base64
-from .catalogue import EnsembleCard, MethodAvailability, MethodDescription, MethodList, ModelCard, ModelList
+from .catalogue import EnsembleCard, MethodAvailability, MethodDescription, MethodList, ModelCard, ModelList, Precision
 from .requests import Ensemble, Include, Message, MethodRequest, RewardsRequest, Sample, TokenRewardsRequest
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "ModelCard",
     "ModelList",
     "Objective",
+    "Precision",
     "RewardsRequest",
     "RewardsResponse",
     "Sample",

@@ -8,7 +8,15 @@ from pydantic import Field
 
 from .answers import AnswerModel
 
-__all__ = ["EnsembleCard", "MethodAvailability", "MethodDescription", "MethodList", "ModelCard", "ModelList"]
+__all__ = [
+    "EnsembleCard",
+    "MethodAvailability",
+    "MethodDescription",
+    "MethodList",
+    "ModelCard",
+    "ModelList",
+    "Precision",
+]
 
 
 class MethodAvailability(AnswerModel):
@@ -41,6 +49,19 @@ class MethodList(AnswerModel):
     data: list[MethodDescription]
 
 
+class Precision(AnswerModel):
+    """What half precision costs, measured at the start on a few texts against float32 arithmetic on its weights."""
+
+    dtype: str
+    score: float = Field(description="How far a score moved at most.")
+    score_deviation: float = Field(description="Standard deviation of the texts' scores, to compare with.")
+    red: float | None = Field(
+        None, description="Noise of the token rewards of `red`, as a share of their size (root mean squares)."
+    )
+    contribution: float | None = Field(None, description="The same of `contribution`.")
+    flipped_signs: float | None = Field(None, description="Share of token rewards that change their sign.")
+
+
 class ModelCard(AnswerModel):
     """One loaded model: what it is, how it reads text, what it can serve."""
 
@@ -65,6 +86,9 @@ class ModelCard(AnswerModel):
         None, description="What is written after each step of a response, where the model judges steps."
     )
     notice: str | None = Field(None, description="What must be known of the scores, where they are no plain rewards.")
+    precision: Precision | None = Field(
+        None, description="Null: it computes in float32, or there is nothing to compare it with."
+    )
     prefix_modes: list[str]
     tokenizer_fingerprint: str
     template_fingerprint: str | None

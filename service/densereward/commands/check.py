@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from densereward.checks.examine import Finding, compare_engines, dtype_drift, examine
 from densereward.checks.loading import load_unchecked
+from densereward.checks.precision import finding_of, measure_precision
 from densereward.commands import FLAGS
 from densereward.engines.base import Engine, StreamingEngine
 from densereward.engines.torch.adapters import base_of
@@ -88,6 +89,7 @@ class Check(ModelSettings, cli_prog_name="densereward check", **FLAGS):
             finding = dtype_drift(engine, exact)
             exact.close()
             yield finding if finding.name not in self.allow else replace(finding, status="allowed")
+        yield finding_of(measure_precision(engine, aligner))
         yield _speed(engine)
         yield _memory(engine)
         engine.close()

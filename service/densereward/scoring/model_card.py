@@ -9,13 +9,13 @@ from densereward.capture import PREFIX_MODES, PrefixScores
 from densereward.engines.base import Engine
 from densereward.scoring.plans import availability
 from densereward.tokenization.align import Aligner
-from densereward_client.wire import ModelCard
+from densereward_client.wire import ModelCard, Precision
 
 __all__ = ["card_of", "fingerprint_of"]
 
 
-def card_of(name: str, engine: Engine, aligner: Aligner) -> ModelCard:
-    """What GET /v1/models says of a model."""
+def card_of(name: str, engine: Engine, aligner: Aligner, precision: Precision | None = None) -> ModelCard:
+    """What GET /v1/models says of a model; `precision` as it was measured at the start."""
     facts = engine.facts
     return ModelCard(
         id=name,
@@ -31,6 +31,7 @@ def card_of(name: str, engine: Engine, aligner: Aligner) -> ModelCard:
         step_cut=None if facts.steps is None else facts.steps.cut,
         step_separator=None if facts.steps is None else facts.steps.separator,
         notice=facts.notice,
+        precision=precision,
         prefix_modes=[mode for mode in PREFIX_MODES if PrefixScores(mode) in engine.provides],
         tokenizer_fingerprint=aligner.vocabulary.fingerprint,
         template_fingerprint=None if aligner.template is None else aligner.template.fingerprint,

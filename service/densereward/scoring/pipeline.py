@@ -37,7 +37,7 @@ from densereward.scoring.preparation import PreparedSample, prepare_sample
 from densereward.scoring.redistribution import redistribute
 from densereward.scoring.running_deviation import RunningDeviation
 from densereward.tokenization.align import Aligner
-from densereward_client.wire import Message, RewardsRequest, Sample, TokenRewardsRequest
+from densereward_client.wire import Message, Precision, RewardsRequest, Sample, TokenRewardsRequest
 
 __all__ = ["Pipeline", "Samples", "Scorer", "Scores", "Work", "answer_to"]
 
@@ -112,16 +112,25 @@ class Pipeline:
         aligner: what reads samples for it.
         batcher: the queue in front of the engine.
         metrics: where samples are counted.
+        precision: what half precision costs, as it was measured.
     """
 
-    def __init__(self, name: str, engine: Engine, aligner: Aligner, batcher: Batcher, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        aligner: Aligner,
+        batcher: Batcher,
+        metrics: Metrics,
+        precision: Precision | None = None,
+    ) -> None:
         self.name = name
         self._engine = engine
         self._aligner = aligner
         self._batcher = batcher
         self._metrics = metrics
         self.running_deviation = RunningDeviation(TOLERANCE[engine.facts.dtype])
-        self.card = card_of(name, engine, aligner)
+        self.card = card_of(name, engine, aligner, precision)
         self.fingerprint = fingerprint_of(self.card, engine, aligner)
         self.closing_text = self.card.closing_text
 

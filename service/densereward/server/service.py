@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 from densereward.checks.loading import load, load_pair
+from densereward.checks.precision import finding_of, measure_precision
 from densereward.engines.base import Engine, StreamingEngine
 from densereward.errors import EngineDied, InvalidRequest, ModelError, NotReady, UnknownModel
 from densereward.methods import METHODS
@@ -80,6 +81,9 @@ class Service:
     async def _load(self, name: str, loading: Callable[[], tuple[Engine, Aligner]]) -> Pipeline:
         """Load one model."""
         engine, aligner = await asyncio.to_thread(loading)
+        precision = None if self._repeatable else await asyncio.to_thread(measure_precision, engine, aligner)
+        if (finding := finding_of(precision)).status != "ok":
+            logger.warning("%s: %s", name, finding.text)
         batch_tokens = await asyncio.to_thread(self._batch_tokens, engine)
         batcher = batcher_for(
             engine,
@@ -97,7 +101,7 @@ class Service:
             facts = engine.facts
             where = f"{facts.family}, {facts.dtype} on {facts.device}"
             logger.info("ready: %s (%s; %d tokens a pass)", name, where, batch_tokens)
-        return Pipeline(name, engine, aligner, batcher, self.metrics)
+        return Pipeline(name, engine, aligner, batcher, self.metrics, precision)
 
     def _batch_tokens(self, engine: Engine) -> int:
         """What one forward pass may hold, in tokens' worth."""
