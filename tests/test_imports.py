@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from jaxtyping import TypeCheckError
 
 from densereward.engines import ENGINES, INTERNAL_ENGINES
 from densereward.heads import HEADS
 from densereward.methods import METHODS
 from densereward.registry import Table
+from densereward.scheduling.cost import cost_of
 
 
 def heavy_modules_after(statement: str) -> set[str]:
@@ -42,3 +44,8 @@ def test_every_row_of_a_table_can_be_imported(table: Table) -> None:
 def test_a_name_that_no_row_has_names_those_there_are() -> None:
     with pytest.raises(KeyError, match="no method named 'magic'; there are red, sentence"):
         METHODS["magic"]
+
+
+def test_types_are_checked_in_tests_by_parallel_workers_too() -> None:
+    with pytest.raises(TypeCheckError, match="cost_of"):
+        cost_of("no sequence")  # type: ignore[arg-type]

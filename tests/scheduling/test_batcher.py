@@ -276,13 +276,16 @@ async def test_a_hundred_thousand_waiting_sequences_are_no_burden() -> None:
             tries += 1
             return super().fits(item, limit)
 
+    calls: list[list[tuple[ScoringInput, SequenceCost, int]]] = []
+    for prompt in range(50):
+        inputs = [ScoringInput((prompt, i, *[1] * (i % 90)), 1, 1 + i % 90, 1 + i % 90) for i in range(100)]
+        calls.append([(one, cost_of(one), one.forward_tokens) for one in inputs])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("densereward.scheduling.queue.BatchCost", Counted)
         queue = Queue(100, 0.0, Metrics())
         future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
         for call in range(1000):
-            each = [ScoringInput((call % 50, i, *[1] * (i % 90)), 1, 1 + i % 90, 1 + i % 90) for i in range(100)]
-            queue.join([Waiting(one, cost_of(one), one.forward_tokens, future, 0.0) for one in each])
+            queue.join([Waiting(*each, future, 0.0) for each in calls[call % 50]])
         for _ in range(100):
             assert queue.next_batch()
     assert tries < 100 * 3000
