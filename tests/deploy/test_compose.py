@@ -96,7 +96,7 @@ def test_the_page_for_operators_names_only_settings_and_metrics_that_exist() -> 
 def test_the_page_for_operators_gives_the_defaults_that_hold() -> None:
     page = (ROOT / "deploy" / "README.md").read_text()
     rows = dict(re.findall(r"^\| `DENSEREWARD_([A-Z_]+)` \| `?([^`|]+?)`? \|", page, flags=re.MULTILINE))
-    assert len(rows) == 9
+    assert len(rows) == 10
     for name, default in rows.items():
         held = ServerSettings.model_fields[name.lower()].default
         shown = held[0] if isinstance(held, list) else held
