@@ -137,7 +137,7 @@ class Rewarder:
         client = AsyncClient(self._base_url, **self._client_options)
         try:
             bound = await client.bind(tokenizer, model=self._model, eos_token_ids=self._eos_token_ids)
-        except BaseException:  # also if the task is cancelled
+        except BaseException:  # a cancelled task must leave no connections open either
             await client.aclose()
             raise
         self._client = client

@@ -71,7 +71,7 @@ def _closing_on_failure(engine: Engine) -> Iterator[None]:
     """Close an engine that is not served; it may have processes of its own."""
     try:
         yield
-    except Exception:
+    except Exception:  # whatever a check or a tokenizer raises, it is raised again
         engine.close()
         raise
 

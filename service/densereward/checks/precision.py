@@ -41,10 +41,10 @@ def measure_precision(engine: Engine, aligner: Aligner) -> Precision | None:
     """
     if engine.facts.dtype == "float32" or engine.facts.unit != "sequence":
         return None
-    wanted: set[Need] = {PrefixScores("open"), Contributions()}
+    kinds: set[Need] = {PrefixScores("open"), Contributions()}
     if not engine.facts.reencodes:
-        wanted.add(PrefixScores("closed"))
-    needs = frozenset(wanted & engine.provides)
+        kinds.add(PrefixScores("closed"))
+    needs = frozenset(kinds & engine.provides)
     try:
         sequences = [aligner.align(sample, needs).sequence for sample in _samples(aligner)]
         exact = engine.exactly(sequences)
