@@ -49,11 +49,15 @@ class ResidualStream:
         self._active = True
         self._handles: dict[nn.Module, Any] = {}
         self._reading: set[nn.Module] = set()
-        self._last: tuple[nn.Module, Tensor] | None = None
+        self._probing = True
+        self._last_norm: nn.Module | None = None
+        self._last_output: Tensor | None = None
         if self.dtype not in (torch.bfloat16, torch.float16):
             return
         self._hook(backbone)
-        if self._arrives(probe):
+        arrives = self._arrives(probe)
+        self._probing, self._last_output = False, None
+        if arrives:
             self.dtype = torch.float32
             self._remove(self._handles.keys() - self._reading)
         else:
@@ -88,10 +92,10 @@ class ResidualStream:
             hidden = probe()
         except (EngineFailure, RuntimeError, TypeError):  # whatever a model's code makes of a dtype it did not expect
             return False
-        if self._last is None or self._last[1].data_ptr() != hidden.data_ptr():
-            self._last = None
-            return hidden.dtype == torch.float32
-        return True
+        if self._last_output is not None and self._last_output.data_ptr() == hidden.data_ptr():
+            return True
+        self._last_norm = None
+        return hidden.dtype == torch.float32
 
     def _remove(self, modules: Any) -> None:
         for module in list(modules):
@@ -103,7 +107,8 @@ class ResidualStream:
     def _narrow_output(self, module: nn.Module, _args: Any, output: Any) -> Any:
         if not self._active:
             return output
-        self._reading.add(module)
+        if self._probing:
+            self._reading.add(module)
         if isinstance(output, Tensor):
             return output.to(self._narrow)
         return tuple(each.to(self._narrow) for each in output)
@@ -111,12 +116,12 @@ class ResidualStream:
     def _norm_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if not self._active or args[0].dtype != torch.float32:
             return output
-        self._reading.add(module)
-        if self._last is not None and module is self._last[0] and self.dtype == torch.float32:
+        if module is self._last_norm and not self._probing:
             return output
         narrowed = output.to(self._narrow)
-        if self.dtype != torch.float32:  # in the probe
-            self._last = (module, narrowed)
+        if self._probing:
+            self._reading.add(module)
+            self._last_norm, self._last_output = module, narrowed
         return narrowed
 
     def _narrow_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -129,7 +134,8 @@ class ResidualStream:
             kwargs = kwargs | {"hidden_states": kwargs["hidden_states"].to(self._narrow)}
         else:
             return None
-        self._reading.add(module)
+        if self._probing:
+            self._reading.add(module)
         return args, kwargs
 
 

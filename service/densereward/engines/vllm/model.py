@@ -153,7 +153,7 @@ def _refuse_otherwise_read(source: str, config: Any) -> None:
     windowed = getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None)
     if windowed and text.model_type not in _READ_WINDOWS:
         raise ModelError(
-            f"{source}: vLLM heeds the sliding_window in its config, and transformers has none in {text.model_type}; "
+            f"{source}: vLLM applies the sliding_window in its config, and transformers has none in {text.model_type}; "
             f"take it out if the model was trained without, or {_TORCH}"
         )
     if getattr(text, "is_causal", None) is False:
