@@ -51,7 +51,7 @@ class Demo(ModelSettings, cli_prog_name="densereward demo", **FLAGS):
             for item in answer.data:
                 _show(console, item)
         console.print("On green, tokens that earned reward; on red, tokens that lost it; at the right, the extremes.")
-        console.print("To keep a server running: densereward serve")
+        console.print("To keep a server running: densereward serve, or in a clone make serve")
 
 
 @contextmanager
